@@ -111,9 +111,11 @@ class Layout:
     rows: int64 [V], row of T that each visual token is written to.
     source: int64 [V], its row in the table; None where it is 0, 1, 2, ... over the view rows (nothing to gather).
     resamples: (mode, source int64 [K, H, W], (H', W')) for each group of maps of one shape.
+    text_rows: int64 [T - V], the other rows, whose token ids are embedded.
     """
 
     rows: Tensor
+    text_rows: Tensor
     source: Tensor | None
     resamples: tuple[tuple[PoolMode, Tensor, tuple[int, int]], ...]
     patches: int
@@ -121,6 +123,7 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         return Layout(
             self.rows.to(device),
+            self.text_rows.to(device),
             None if self.source is None else self.source.to(device),
             tuple((mode, source.to(device), size) for mode, source, size in self.resamples),
             self.patches,
@@ -266,7 +269,10 @@ def _layout(samples: Sequence[Sample], starts: np.ndarray) -> Layout:
         view += visual.views
     source = _concat(sources)
     identity = not merged and len(source) == view * P and bool((source == np.arange(view * P)).all())
-    return Layout(_tensor(_concat(rows)), None if identity else _tensor(source), tuple(merged), P)
+    row = _concat(rows)
+    is_text = np.full(starts[-1], True)
+    is_text[row] = False
+    return Layout(_tensor(row), _tensor(np.flatnonzero(is_text)), None if identity else _tensor(source), tuple(merged), P)
 
 
 def _concat(parts: Sequence[np.ndarray]) -> np.ndarray:
