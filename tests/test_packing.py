@@ -82,13 +82,13 @@ def test_view_budget_binds_before_tokens():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(tokens=[5, 99], views=[0, 0], tokens_per_row=50), "sample 1 has 99 tokens"),
-        (dict(tokens=[5, 9], views=[0, 7], tokens_per_row=50, views_per_row=6), "7 views"),
-        (dict(tokens=[5], views=[0, 0], tokens_per_row=50), "one length"),
-        (dict(tokens=[0], views=[0], tokens_per_row=50), "at least 1 token"),
-        (dict(tokens=[1], views=[0], tokens_per_row=0), "tokens_per_row"),
-        (dict(tokens=[1], views=[0], tokens_per_row=5, window=0), "window"),
-        (dict(tokens=[1], views=[0], tokens_per_row=5, order="best_fit"), "best_fit"),
+        ({"tokens": [5, 99], "views": [0, 0], "tokens_per_row": 50}, "sample 1 has 99 tokens"),
+        ({"tokens": [5, 9], "views": [0, 7], "tokens_per_row": 50, "views_per_row": 6}, "7 views"),
+        ({"tokens": [5], "views": [0, 0], "tokens_per_row": 50}, "one length"),
+        ({"tokens": [0], "views": [0], "tokens_per_row": 50}, "at least 1 token"),
+        ({"tokens": [1], "views": [0], "tokens_per_row": 0}, "tokens_per_row"),
+        ({"tokens": [1], "views": [0], "tokens_per_row": 5, "window": 0}, "window"),
+        ({"tokens": [1], "views": [0], "tokens_per_row": 5, "order": "best_fit"}, "best_fit"),
     ],
 )
 def test_errors_name_the_sample_and_the_budget(arguments, message):
