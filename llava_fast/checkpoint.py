@@ -1,0 +1,343 @@
+"""Checkpoints in and out: transformers `llava` directories or hub ids, and original LLaVA / LLaVA-NeXT directories.
+
+Every tensor of the files is used, carried (read, kept, saved back, never run) or named in an error; every parameter is set.
+Tensors are read one at a time into their final place, so that loading needs little more memory than the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, GenerationConfig
+
+from llava_fast import original
+from llava_fast.config import LlavaConfig, from_hf
+from llava_fast.models.llava import Llava
+
+# File names of every generation of both formats -> our parameter names. The first match that applies ends each group.
+RENAMES = (
+    (r"^model\.vision_tower\.vision_tower\.", "vision_tower."),
+    (r"^model\.mm_projector\.0\.", "multi_modal_projector.linear_1."),
+    (r"^model\.mm_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^model\.mm_projector\.(weight|bias)$", r"multi_modal_projector.linear_1.\1"),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "language_model."),
+    (r"^model\.(vision_tower|multi_modal_projector|language_model|image_newline)", r"\1"),
+    (r"^model\.(embed_tokens|layers|norm|faster_token)", r"language_model.\1"),
+    (r"^vision_model\.", "vision_tower."),
+)
+# Buffers that older files hold and that follow from the config; the text half of a tower's own directory.
+RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+OTHER_HALF = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
+SIDECAR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin"]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file. `key` is its name there."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def canonical(key: str) -> str:
+    """Our name for a tensor of either format."""
+    for pattern, replacement in RENAMES:
+        renamed = re.sub(pattern, replacement, key)
+        if renamed != key:
+            key = renamed
+            break
+    return key.replace("vision_tower.vision_model.", "vision_tower.", 1)
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """A local directory, or a hub id downloaded to the cache. Raises ValueError when it is neither."""
+    directory = Path(path)
+    if directory.is_dir():
+        return directory
+    if directory.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        raise ValueError(f"{str(path)!r} is neither a checkpoint directory nor a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=HUB_PATTERNS))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is no local directory and could not be fetched from the hub: {error}") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{directory} has no config.json")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def index_tensors(directory: Path) -> dict[str, Stored]:
+    """Canonical name -> where the tensor is, from all *.safetensors, or else all *.bin, of a directory. Reads headers only."""
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    files = [file for file in files if file.name not in ("training_args.bin", "mm_projector.bin")]
+    if not files:
+        raise ValueError(f"{directory} has no *.safetensors and no *.bin weights")
+    for index in directory.glob("*.index.json"):
+        wanted = set(json.loads(index.read_text())["weight_map"].values())
+        absent = sorted(wanted - {file.name for file in files})
+        if absent and any(name.endswith(files[0].suffix) for name in absent):
+            raise ValueError(f"{index.name} names shards that are not in {directory}: {absent}")
+    stored: dict[str, Stored] = {}
+    for file in files:
+        for key, shape, dtype in _headers(file):
+            if RECOMPUTED.search(key):
+                continue
+            name = canonical(key)
+            if name in stored:
+                raise ValueError(f"{name} is stored twice: {stored[name].key!r} in {stored[name].file.name}, {key!r} in {file.name}")
+            stored[name] = Stored(file, key, shape, dtype)
+    return stored
+
+
+def _headers(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
+    if file.suffix == ".bin":
+        for key, tensor in _read_bin(file).items():
+            yield key, tuple(tensor.shape), tensor.dtype
+        return
+    try:
+        with safe_open(file, framework="pt") as handle:
+            for key in handle.keys():  # noqa: SIM118 - not a mapping
+                view = handle.get_slice(key)
+                yield key, tuple(view.get_shape()), SAFETENSORS_DTYPES.get(view.get_dtype(), torch.uint8)
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file: {error}") from error
+
+
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _read_bin(file: Path) -> dict[str, Tensor]:
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def read_tensors(stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors, file by file; each is a view of the mapped file, to be copied before the next is asked for."""
+    by_file: dict[Path, list[str]] = {}
+    for name, place in stored.items():
+        by_file.setdefault(place.file, []).append(name)
+    for file, names in by_file.items():
+        if file.suffix == ".bin":
+            tensors = _read_bin(file)
+            for name in names:
+                yield name, tensors[stored[name].key]
+        else:
+            with safe_open(file, framework="pt") as handle:
+                for name in names:
+                    yield name, handle.get_tensor(stored[name].key)
+
+
+def is_carried(name: str, config: LlavaConfig) -> bool:
+    """Whether a tensor belongs to the checkpoint although nothing here runs it."""
+    if name == "language_model.faster_token" or (name == "image_newline" and not config.has_newline):
+        return True
+    layer = re.match(r"vision_tower\.encoder\.layers\.(\d+)\.", name)
+    if layer:
+        return config.executed_layers <= int(layer[1]) < config.vision.layers
+    return name.startswith(("vision_tower.post_layernorm.", "vision_tower.head."))
+
+
+def load_into(
+    model: Llava,
+    stored: dict[str, Stored],
+    device: torch.device,
+    dtype: torch.dtype,
+    grown: dict[str, int],
+) -> dict[str, Tensor]:
+    """Fill a model built on the meta device; returns the carried tensors. `grown`: rows that vocabulary matrices are to have.
+
+    Raises ValueError naming every missing, unexpected and wrongly shaped tensor, before any is read.
+    """
+    config = model.config
+    parameters = dict(model.named_parameters())
+    derived = set()  # in the file, but equal to something else by construction: checked, not kept
+    if config.decoder.tied:
+        derived.add("lm_head.weight")
+    if config.projector == "linear":
+        derived |= {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
+
+    missing = sorted(name for name in parameters if name not in stored)
+    unexpected = sorted(stored[n].key for n in stored if n not in parameters and n not in derived and not is_carried(n, config))
+    wrong = []
+    for name, parameter in parameters.items():
+        if name in stored:
+            expected = tuple(parameter.shape)
+            if name in grown and stored[name].shape[0] < grown[name]:
+                expected = (stored[name].shape[0], *expected[1:])
+            if stored[name].shape != expected:
+                wrong.append(f"{stored[name].key} is {list(stored[name].shape)}, expected {list(expected)}")
+    quantised = sorted(place.key for name, place in stored.items() if name in parameters and not place.dtype.is_floating_point)
+    faults = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong, "not of a float dtype": quantised}
+    if any(faults.values()):
+        told = "; ".join(f"{len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for what, names in faults.items() if names)
+        raise ValueError(f"the checkpoint does not fit its config: {told}")
+
+    carried: dict[str, Tensor] = {}
+    for name, tensor in read_tensors({n: stored[n] for n in stored if n not in derived}):
+        if name not in parameters:
+            carried[name] = tensor.clone()
+            continue
+        shape = (max(tensor.shape[0], grown.get(name, 0)), *tensor.shape[1:])
+        value = torch.empty(shape, dtype=dtype, device=device)
+        value[: tensor.shape[0]].copy_(tensor) if tensor.ndim else value.copy_(tensor)
+        if shape[0] > tensor.shape[0]:  # new vocabulary rows: the mean row, which no logit prefers
+            value[tensor.shape[0] :] = tensor.float().mean(0).to(dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    for name, tensor in read_tensors({n: stored[n] for n in derived if n in stored}):
+        _check_derived(name, tensor, model)
+    return carried
+
+
+def _check_derived(name: str, tensor: Tensor, model: Llava) -> None:
+    if name == "lm_head.weight":
+        ok, rule = torch.equal(tensor.to(model.stored_dtype), model.head_weight[: tensor.shape[0]].cpu()), "equal embed_tokens (the head is tied)"
+    elif name.endswith("weight"):
+        ok, rule = torch.equal(tensor.float(), torch.eye(tensor.shape[0])), "be the identity (the projector is linear)"
+    else:
+        ok, rule = not tensor.any(), "be zero (the projector is linear)"
+    if not ok:
+        raise ValueError(f"{name} should {rule}, but is not")
+
+
+def load(
+    path: str | os.PathLike,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    vision_tower: str | os.PathLike | None = None,
+):
+    """Read a checkpoint into a `LlavaFast`.
+
+    path: a transformers `llava` directory or hub id, or an original LLaVA / LLaVA-NeXT directory.  device 'auto': the GPU where
+    there is one.  dtype 'auto': as in the checkpoint.  vision_tower: where an original checkpoint's tower is, if not where its
+    config says.  Raises ValueError for anything that does not fit, before weights are read.
+    """
+    from llava_fast.api import LlavaFast
+    from llava_fast.inputs.prepare import InputSpec
+
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    directory = resolve(path)
+    raw = read_config(directory)
+    stored = index_tensors(directory)
+    with tempfile.TemporaryDirectory() as scratch:
+        if original.is_original(raw):
+            hf, stored = original.read(directory, raw, stored, vision_tower, Path(scratch))
+            inputs_dir = Path(scratch)
+        else:
+            hf, inputs_dir = AutoConfig.from_pretrained(directory), directory
+        config = from_hf(hf)
+        dtype = _dtype(dtype, stored)
+        with torch.device("meta"):
+            model = LlavaFast(config)
+        rows = config.decoder.vocab_size
+        grown = {"language_model.embed_tokens.weight": rows, "lm_head.weight": rows} if original.is_original(raw) else {}
+        model.carried = load_into(model, stored, device, dtype, grown)
+        model.input_spec = InputSpec.from_dir(
+            inputs_dir,
+            image_token_id=config.image_token_id,
+            grid=config.vision.grid,
+            tile=config.vision.image_size,
+            max_positions=config.decoder.max_positions,
+            options=config.options,
+            has_newline=config.has_newline,
+        )
+        model.image_mean, model.image_std = model.input_spec.image_processor.image_mean, model.input_spec.image_processor.image_std
+        model.generation_config = read_generation_config(inputs_dir, model.input_spec.tokenizer)
+        model.sidecar = {
+            file.name: file.read_bytes()
+            for file in sorted(inputs_dir.iterdir())
+            if file.suffix in SIDECAR_SUFFIXES and file.name != "config.json" and not file.name.endswith(".index.json")
+        }
+    return model.eval()
+
+
+def _dtype(dtype: str | torch.dtype, stored: dict[str, Stored]) -> torch.dtype:
+    if dtype == "auto":
+        embed = stored.get("language_model.embed_tokens.weight")
+        return embed.dtype if embed is not None and embed.dtype.is_floating_point else torch.float32
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype must be 'auto' or a float dtype such as 'bfloat16', got {dtype!r}")
+    return found
+
+
+def read_generation_config(directory: Path, tokenizer: Any) -> GenerationConfig:
+    """The checkpoint's; a stop token that it lacks is the tokenizer's."""
+    file = directory / "generation_config.json"
+    config = GenerationConfig.from_pretrained(directory) if file.is_file() else GenerationConfig()
+    if config.eos_token_id is None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if config.pad_token_id is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return config
+
+
+def hf_state_dict(model: Any) -> dict[str, Tensor]:
+    """The names of released llava-hf checkpoints, which every version of transformers reads; carried tensors included."""
+    tensors = {**{name: p.detach() for name, p in model.named_parameters()}, **model.carried}
+    if model.config.projector == "linear":  # transformers always has two products: the second is the identity
+        width, weight = model.config.decoder.width, tensors["multi_modal_projector.linear_1.weight"]
+        tensors["multi_modal_projector.linear_2.weight"] = torch.eye(width, dtype=weight.dtype)
+        if model.config.projector_bias:
+            tensors["multi_modal_projector.linear_2.bias"] = torch.zeros(width, dtype=weight.dtype)
+    renamed = {}
+    for name, tensor in tensors.items():
+        for prefix, replacement in (
+            ("vision_tower.", "vision_tower.vision_model."),
+            ("lm_head.", "language_model.lm_head."),
+            ("language_model.", "language_model.model."),
+        ):
+            if name.startswith(prefix):
+                name = replacement + name[len(prefix) :]
+                break
+        renamed[name] = tensor
+    return renamed
+
+
+def save_pretrained(model: Any, directory: str | os.PathLike, max_shard_size: str = "5GB") -> None:
+    """Write a directory that transformers' LlavaForConditionalGeneration loads: weights, config, tokenizer and processor files.
+
+    Written beside its place and moved there whole, so that an interrupted save leaves what was there.
+    """
+    target = Path(directory)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file, not a directory to save to")
+    target.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        save_torch_state_dict(hf_state_dict(model), scratch, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        raw = {**model.config.raw, "architectures": ["LlavaForConditionalGeneration"], "dtype": str(model.stored_dtype).removeprefix("torch.")}
+        for name, content in model.sidecar.items():
+            (scratch / name).write_bytes(content)
+        model.generation_config.save_pretrained(scratch)
+        (scratch / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
+        new = {file.name for file in scratch.iterdir()}
+        for stale in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json"), *target.glob("*.bin")]:
+            if stale.name not in new:
+                stale.unlink()
+        for file in sorted(scratch.iterdir(), key=lambda f: f.name == "config.json"):
+            os.replace(file, target / file.name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,177 @@
+"""The decoder over packed rows: Qwen2 or Llama. Parameters are named as in transformers.
+
+Shape letters: T rows, K key rows, R needed rows, S sequences, D width, H heads, G key-value heads, d head dim, F MLP width.
+Sources: transformers' modeling_qwen2.py and modeling_llama.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from llava_fast.config import DecoderConfig
+from llava_fast.kernels.activation import swiglu
+from llava_fast.kernels.rope import rope, rope_tables
+from llava_fast.kernels.varlen_attention import varlen_attention
+from llava_fast.models.layers import Linear, RMSNorm
+
+
+@dataclass
+class KVCache:
+    """Keys and values of every layer, [layers, rows, G, d]; sequence s owns rows starts[s] : starts[s + 1].
+
+    slots: int64 [T], the rows that this step's keys go to.  used: int32 [S], rows filled once they are written.
+    prefilling: the step's rows are whole sequences, which need no key from the cache.
+    """
+
+    k: Tensor
+    v: Tensor
+    starts: Tensor
+    slots: Tensor
+    used: Tensor
+    prefilling: bool
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Which rows ask, and what they may see: the arguments of varlen_attention, made once a step and shared by all layers."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    q_index: Tensor | None
+    seqused_k: Tensor | None
+    prefix: Tensor | None
+
+
+def inverse_frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, float]:
+    """fp32 [d/2] and the factor on cos and sin; the scaled kinds are computed by transformers."""
+    kind = config.rope.get("rope_type", "default")
+    if kind == "default":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device=device).to(torch.float32) / config.head_dim
+        return 1.0 / (config.rope["rope_theta"] ** exponents), 1.0
+    from transformers import LlamaConfig
+
+    hf = LlamaConfig(
+        hidden_size=config.heads * config.head_dim,
+        num_attention_heads=config.heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_positions,
+        rope_parameters=config.rope,
+    )
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](hf, device)
+    return inv_freq, scaling
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.heads * config.head_dim, config.width, bias=config.out_bias)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        tables: tuple[Tensor, Tensor],
+        queries: Queries,
+        needed_R: Tensor | None,
+        cache: tuple[Tensor, Tensor, KVCache] | None,
+    ) -> Tensor:
+        """Keys and values for every row; queries and the output for the needed ones."""
+        cos, sin = tables
+        k = rope(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        v = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        if needed_R is not None:
+            x_TD, cos, sin = x_TD[needed_R], cos[needed_R], sin[needed_R]
+        q = rope(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        if cache is not None:
+            cached_k, cached_v, state = cache
+            cached_k.index_copy_(0, state.slots, k.to(cached_k.dtype))
+            cached_v.index_copy_(0, state.slots, v.to(cached_v.dtype))
+            if not state.prefilling:
+                k, v = cached_k, cached_v
+        out = varlen_attention(
+            q,
+            k,
+            v,
+            queries.cu_seqlens_q,
+            queries.cu_seqlens_k,
+            q_index=queries.q_index,
+            seqused_k=queries.seqused_k,
+            prefix=queries.prefix,
+        )
+        return self.o_proj(out.flatten(-2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.up_proj = Linear(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down_proj = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_TD: Tensor, tables, queries: Queries, needed_R: Tensor | None = None, cache=None) -> Tensor:
+        attended = self.self_attn(self.input_layernorm(x_TD), tables, queries, needed_R, cache)
+        x_TD = (x_TD if needed_R is None else x_TD[needed_R]) + attended
+        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        if config.act != "silu":
+            raise ValueError(f"the decoder's hidden_act must be 'silu', got {config.act!r}")
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        positions_T: Tensor,
+        cu_seqlens: Tensor,
+        prefix: Tensor | None = None,
+        needed_R: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Normalised last hidden states [R, D] of the needed rows (all T where needed_R, sorted, is None).
+
+        The last layer works on the needed rows alone, save its keys and values; the result is that of working on all.
+        """
+        inv_freq, scaling = inverse_frequencies(self.config, x_TD.device)
+        tables = rope_tables(positions_T, inv_freq, scaling, x_TD.dtype)
+        if cache is None or cache.prefilling:
+            queries = Queries(cu_seqlens, cu_seqlens, None, None, prefix)
+        else:
+            queries = Queries(cu_seqlens, cache.starts, None, cache.used, None)
+        last = queries if needed_R is None else _narrow(queries, cu_seqlens, needed_R)
+        for i, layer in enumerate(self.layers):
+            final = i == len(self.layers) - 1
+            state = None if cache is None else (cache.k[i], cache.v[i], cache)
+            x_TD = layer(x_TD, tables, last if final else queries, needed_R if final else None, state)
+        return self.norm(x_TD)
+
+
+def _narrow(queries: Queries, cu_seqlens: Tensor, needed_R: Tensor) -> Queries:
+    """The same sequences asked by a sorted subset of their rows."""
+    bounds = torch.searchsorted(needed_R, cu_seqlens.to(needed_R.dtype)).to(torch.int32)
+    sequence = torch.searchsorted(cu_seqlens[1:].to(needed_R.dtype), needed_R, right=True)
+    return Queries(bounds, queries.cu_seqlens_k, needed_R - cu_seqlens[sequence], queries.seqused_k, queries.prefix)

@@ -1,0 +1,99 @@
+"""The model over packed rows: tower, projector, decoder, head.
+
+Shape letters: T rows, R needed rows, L label rows, N views, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from llava_fast.batch import PackedBatch
+from llava_fast.config import LlavaConfig
+from llava_fast.inputs.images import normalise
+from llava_fast.kernels.linear import linear
+from llava_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from llava_fast.models.decoder import Decoder, KVCache
+from llava_fast.models.projector import Projector
+from llava_fast.models.vision import VisionTower
+
+VIEWS_A_PASS = 8  # views in the tower at a time without gradients: bounds its activations (12.5 MB a view for so400m's MLP in fp32)
+
+
+class Llava(nn.Module):
+    """Parameters are named as in transformers' LlavaForConditionalGeneration without its leading 'model.'.
+
+    image_mean, image_std: how uint8 views are normalised.
+    """
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__()
+        self.config = config
+        self.image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+        self.image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+        self.vision_tower = VisionTower(config)
+        self.multi_modal_projector = Projector(config)
+        self.language_model = Decoder(config.decoder)
+        self.lm_head = None if config.decoder.tied else nn.Linear(config.decoder.width, config.decoder.vocab_size, bias=False)
+        self.image_newline = nn.Parameter(torch.empty(config.decoder.width)) if config.has_newline else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]"""
+        return self.language_model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.embed_tokens.weight.device
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        return self.language_model.embed_tokens.weight.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The stored dtype on a device; at least fp32 on the CPU, where bf16 weights are widened as they are read."""
+        stored = self.stored_dtype
+        return torch.promote_types(stored, torch.float32) if self.device.type == "cpu" else stored
+
+    def features(self, views: Tensor) -> Tensor:
+        """views [N, 3, S, S], uint8 or normalised float -> tower features [N, P, E]."""
+        size = self.config.vision.image_size
+        if tuple(views.shape[1:]) != (3, size, size):
+            raise ValueError(f"views must be [N, 3, {size}, {size}], got {list(views.shape)}")
+        if views.dtype == torch.uint8:
+            views = normalise(views, self.image_mean, self.image_std)
+        views = views.to(self.compute_dtype)
+        if torch.is_grad_enabled() or views.shape[0] <= VIEWS_A_PASS:
+            return self.vision_tower(views)
+        return torch.cat([self.vision_tower(chunk) for chunk in views.split(VIEWS_A_PASS)])
+
+    def embed(self, batch: PackedBatch) -> Tensor:
+        """The packed embedding buffer [T, D]: text rows looked up, visual rows written by the projector."""
+        weight = self.language_model.embed_tokens.weight
+        if batch.layout is None or batch.views is None:
+            return weight[batch.token_ids].to(self.compute_dtype)
+        layout = batch.layout
+        rows = self.multi_modal_projector(self.features(batch.views), layout, self.image_newline)
+        x_TD = rows.new_empty(batch.num_tokens, rows.shape[-1])
+        x_TD.index_copy_(0, layout.text_rows, weight[batch.token_ids[layout.text_rows]].to(rows.dtype))
+        return x_TD.index_copy_(0, layout.rows, rows)
+
+    def hidden(self, batch: PackedBatch, cache: KVCache | None = None, embeds: Tensor | None = None) -> Tensor:
+        """Last hidden states [R, D] of batch.needed_rows; writes keys and values to `cache` where one is given."""
+        x_TD = self.embed(batch) if embeds is None else embeds
+        needed = None if batch.needed_rows.shape[0] == batch.num_tokens else batch.needed_rows
+        return self.language_model(x_TD, batch.positions, batch.cu_seqlens, batch.prefix, needed, cache)
+
+    def logits(self, hidden_RD: Tensor) -> Tensor:
+        """[R, V], fp32 (fp64 for fp64 weights)."""
+        return linear(hidden_RD, self.head_weight).to(torch.promote_types(hidden_RD.dtype, torch.float32))
+
+    def label_losses(self, batch: PackedBatch) -> Tensor:
+        """-log p of each label, fp32 [L], in the order of batch.labels (batch.label_seq says whose each is)."""
+        return linear_cross_entropy(self.hidden(batch)[batch.label_index], self.head_weight, batch.labels)
+
+    def loss(self, batch: PackedBatch, reduction: str = "sum") -> Tensor:
+        """Cross-entropy over the label rows: their 'sum' or 'mean'."""
+        losses = self.label_losses(batch)
+        return losses.mean() if reduction == "mean" else losses.sum()
