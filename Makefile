@@ -1,0 +1,54 @@
+# Every target sets up its own environment in .venv on first use; a stamp keeps it from being done twice.
+PYTHON ?= python3
+VENV   ?= .venv
+WORKERS ?= 2
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+TESTED := llava_fast kernels bench tests setup.py
+# One thread a process: the suite's parallelism is its worker processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: help demo test test-fast test-online lint format bench clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# Without a GPU the CUDA extension could not run: not compiling it makes the demo start sooner.
+demo: ## install, train a small model on four kinds of generated visual questions, answer held-out ones
+	@if ! nvidia-smi -L >/dev/null 2>&1; then export LLAVA_FAST_CUDA=$${LLAVA_FAST_CUDA:-0}; fi; $(MAKE) --no-print-directory $(STAMP)
+	$(BIN)/llava-fast demo
+
+test: $(STAMP) lint ## lint and every test that needs no network
+	$(PYTEST)
+
+test-fast: $(STAMP) ## the tests to run while working
+	$(PYTEST) -m "not slow and not online"
+
+test-online: $(STAMP) ## tests against released checkpoints (needs the network)
+	LLAVA_FAST_ONLINE=1 $(BIN)/python -m pytest -m online
+
+lint: $(STAMP) ## ruff, mypy, clang-format
+	$(BIN)/ruff check $(TESTED)
+	$(BIN)/ruff format --check $(TESTED)
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+format: $(STAMP) ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix $(TESTED)
+	$(BIN)/ruff format $(TESTED)
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+bench: $(STAMP) ## the limits of this machine, then every benchmark against its baseline
+	$(BIN)/python -m bench.limits
+	$(BIN)/python -m pytest bench --benchmark-only
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info llava_fast/*.so
+
+# The build tools come first, under the constraints: pip's isolated builds would not see them.
+$(STAMP): pyproject.toml setup.py constraints.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel pybind11
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@

@@ -1,0 +1,55 @@
+// llava_fast._cpu: pointers and sizes in, nothing of torch; the Python side allocates and checks.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/isa.h"
+#include "cpu/spatial_pool.h"
+
+namespace py = pybind11;
+using namespace llava_fast;
+
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels of llava_fast";
+    m.def("supported_isas", &supported_isas, "Instruction sets of this machine, best last");
+    m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use");
+    m.def("set_isa", &set_isa, "Use another instruction set (for tests)", py::arg("name"));
+
+    py::enum_<DType>(m, "DType")
+        .value("float32", DType::f32)
+        .value("float64", DType::f64)
+        .value("bfloat16", DType::bf16)
+        .value("float16", DType::f16);
+    py::enum_<PoolMode>(m, "PoolMode")
+        .value("average", PoolMode::average)
+        .value("max", PoolMode::max)
+        .value("bilinear", PoolMode::bilinear);
+    py::class_<PoolShape>(m, "PoolShape")
+        .def(py::init([](int64_t M, int64_t D, int64_t K, int64_t H, int64_t W, int64_t out_H, int64_t out_W) {
+            return PoolShape{M, D, K, H, W, out_H, out_W};
+        }));
+    m.def(
+        "spatial_pool_forward",
+        [](DType dtype, PoolMode mode, const PoolShape& shape, std::uintptr_t table, std::uintptr_t source, std::uintptr_t out,
+           int threads) {
+            spatial_pool_forward(dtype, mode, shape, pointer<const void>(table), pointer<const int64_t>(source), pointer<void>(out),
+                                 threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "spatial_pool_backward",
+        [](DType dtype, PoolMode mode, const PoolShape& shape, std::uintptr_t grad, std::uintptr_t table, std::uintptr_t source,
+           std::uintptr_t grad_table, int threads) {
+            spatial_pool_backward(dtype, mode, shape, pointer<const void>(grad), pointer<const void>(table), pointer<const int64_t>(source),
+                                  pointer<void>(grad_table), threads);
+        },
+        py::call_guard<py::gil_scoped_release>());
+}

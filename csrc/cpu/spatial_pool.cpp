@@ -1,0 +1,165 @@
+// Index and weight tables of the two axes, checks, and the choice of instruction set.
+#include "cpu/spatial_pool.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace llava_fast {
+
+namespace {
+
+struct AxisTables {
+    int64_t taps = 0;
+    std::vector<int64_t> index;
+    std::vector<double> weight;
+    std::vector<int64_t> inverse_start, inverse_output, inverse_tap;
+    std::vector<double> inverse_weight;
+
+    void add(int64_t cell, double w) {
+        index.push_back(cell);
+        weight.push_back(w);
+    }
+
+    void invert(int64_t inputs) {
+        inverse_start.assign(inputs + 1, 0);
+        for (int64_t cell : index) ++inverse_start[cell + 1];
+        for (int64_t i = 0; i < inputs; ++i) inverse_start[i + 1] += inverse_start[i];
+        std::vector<int64_t> next(inverse_start.begin(), inverse_start.end() - 1);
+        inverse_output.resize(index.size());
+        inverse_tap.resize(index.size());
+        inverse_weight.resize(index.size());
+        for (size_t i = 0; i < index.size(); ++i) {
+            const int64_t place = next[index[i]]++;
+            inverse_output[place] = static_cast<int64_t>(i) / taps;
+            inverse_tap[place] = static_cast<int64_t>(i) % taps;
+            inverse_weight[place] = weight[i];
+        }
+    }
+
+    PoolAxis view() const {
+        return {taps, index.data(), weight.data(), inverse_start.data(), inverse_output.data(), inverse_tap.data(), inverse_weight.data()};
+    }
+};
+
+// Non-overlapping windows of floor(inputs / outputs) cells.
+AxisTables window_axis(int64_t inputs, int64_t outputs) {
+    AxisTables axis;
+    axis.taps = inputs / outputs;
+    for (int64_t i = 0; i < outputs * axis.taps; ++i) axis.add(i, 1.0);
+    axis.invert(inputs);
+    return axis;
+}
+
+// torch's bilinear with align_corners=False; A is the type it computes the weights in.
+template <typename A>
+AxisTables bilinear_axis(int64_t inputs, int64_t outputs) {
+    AxisTables axis;
+    axis.taps = 2;
+    const A scale = static_cast<A>(inputs) / static_cast<A>(outputs);
+    for (int64_t o = 0; o < outputs; ++o) {
+        const A place = std::max(scale * (static_cast<A>(o) + A(0.5)) - A(0.5), A(0));
+        const int64_t low = std::min(static_cast<int64_t>(std::floor(place)), inputs - 1);
+        const A high_weight = std::min(place - static_cast<A>(low), A(1));
+        axis.add(low, A(1) - high_weight);
+        axis.add(std::min(low + 1, inputs - 1), high_weight);
+    }
+    axis.invert(inputs);
+    return axis;
+}
+
+AxisTables make_axis(DType dtype, PoolMode mode, int64_t inputs, int64_t outputs) {
+    if (mode != PoolMode::bilinear) return window_axis(inputs, outputs);
+    return dtype == DType::f64 ? bilinear_axis<double>(inputs, outputs) : bilinear_axis<float>(inputs, outputs);
+}
+
+void check_source(const int64_t* source, int64_t cells, int64_t rows) {
+    for (int64_t i = 0; i < cells; ++i) {
+        if (source[i] < 0 || source[i] >= rows) {
+            throw std::invalid_argument("source[" + std::to_string(i) + "] is " + std::to_string(source[i]) +
+                                        ", expected a row of the table, 0 to " + std::to_string(rows - 1));
+        }
+    }
+}
+
+using Kernel = void (*)(const PoolTask&);
+
+Kernel choose(Kernel portable, [[maybe_unused]] Kernel avx2, [[maybe_unused]] Kernel avx512) {
+    switch (current_isa()) {
+        case Isa::avx512:
+            return avx512;
+        case Isa::avx2:
+            return avx2;
+        default:
+            return portable;
+    }
+}
+
+// Waking threads costs some 10 us, the time one core takes for about this many values.
+int useful_threads(int64_t values, int threads) {
+    return static_cast<int>(std::clamp<int64_t>(values / 32768, 1, std::max(threads, 1)));
+}
+
+}  // namespace
+
+void spatial_pool_forward(DType dtype, PoolMode mode, const PoolShape& s, const void* table, const int64_t* source, void* out,
+                          int threads) {
+    check_source(source, s.K * s.H * s.W, s.M);
+    if (s.K == 0 || s.D == 0) return;
+    const AxisTables y = make_axis(dtype, mode, s.H, s.out_H), x = make_axis(dtype, mode, s.W, s.out_W);
+    PoolTask task{};
+    task.dtype = dtype;
+    task.mode = mode;
+    task.shape = s;
+    task.y = y.view();
+    task.x = x.view();
+    task.divisor = mode == PoolMode::average ? static_cast<double>(y.taps * x.taps) : 1.0;
+    task.source = source;
+    task.table = table;
+    task.out = out;
+    task.threads = useful_threads(s.K * s.H * s.W * s.D, threads);
+#if defined(__x86_64__)
+    choose(spatial_pool_forward_portable, spatial_pool_forward_avx2, spatial_pool_forward_avx512)(task);
+#else
+    spatial_pool_forward_portable(task);
+#endif
+}
+
+void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const void* grad, const void* table, const int64_t* source,
+                           void* grad_table, int threads) {
+    const int64_t cells = s.K * s.H * s.W;
+    check_source(source, cells, s.M);
+    const AxisTables y = make_axis(dtype, mode, s.H, s.out_H), x = make_axis(dtype, mode, s.W, s.out_W);
+    std::vector<int64_t> reader_start(s.M + 1, 0), reader_cell(cells);
+    for (int64_t i = 0; i < cells; ++i) ++reader_start[source[i] + 1];
+    for (int64_t m = 0; m < s.M; ++m) reader_start[m + 1] += reader_start[m];
+    std::vector<int64_t> next(reader_start.begin(), reader_start.end() - 1);
+    for (int64_t i = 0; i < cells; ++i) reader_cell[next[source[i]]++] = i;
+    std::vector<int32_t> argmax(mode == PoolMode::max ? s.K * s.out_H * s.out_W * s.D : 0);
+    PoolTask task{};
+    task.dtype = dtype;
+    task.mode = mode;
+    task.shape = s;
+    task.y = y.view();
+    task.x = x.view();
+    task.divisor = mode == PoolMode::average ? static_cast<double>(y.taps * x.taps) : 1.0;
+    task.source = source;
+    task.table = table;
+    task.grad = grad;
+    task.grad_table = grad_table;
+    task.reader_start = reader_start.data();
+    task.reader_cell = reader_cell.data();
+    task.argmax = argmax.data();
+    task.threads = useful_threads(std::max(cells, s.M) * s.D, threads);
+#if defined(__x86_64__)
+    choose(spatial_pool_backward_portable, spatial_pool_backward_avx2, spatial_pool_backward_avx512)(task);
+#else
+    spatial_pool_backward_portable(task);
+#endif
+}
+
+}  // namespace llava_fast

@@ -1,0 +1,2 @@
+#define ISA portable
+#include "cpu/spatial_pool_kernels.h"

@@ -1,0 +1,107 @@
+"""Native extensions; everything else is in pyproject.toml. Neither extension needs torch, its headers or a GPU to build.
+
+llava_fast._cpu   csrc/bindings.cpp and csrc/cpu/*.cpp, wherever there is a C++ compiler. Files that end in _avx2.cpp or
+                  _avx512.cpp get their instruction set's flags and are built on x86-64 alone; the rest is portable.
+llava_fast._cuda  csrc/cuda/*, where nvcc is found: machine code for sm_80 and sm_90a, PTX for compute_80 and compute_90.
+
+LLAVA_FAST_CUDA=0 leaves _cuda out; LLAVA_FAST_CUDA=1 makes it a must. Otherwise a failing compile prints a warning and the
+package installs without that extension: everything then runs on the reference and Triton paths.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from glob import glob
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+# No contraction: a * b + c rounds the same way in every instruction set, so all of them give the same bits.
+CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+ISA_FLAGS = {
+    "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+NVCC_FLAGS = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler=-fPIC,-fvisibility=hidden", "--cudart=static"]
+NVCC_FLAGS += ["-gencode", "arch=compute_80,code=[sm_80,compute_80]"]
+NVCC_FLAGS += ["-gencode", "arch=compute_90a,code=sm_90a", "-gencode", "arch=compute_90,code=compute_90"]
+OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's clang has none: one thread there
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_choice() -> str:
+    choice = os.environ.get("LLAVA_FAST_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"LLAVA_FAST_CUDA must be 0, 1 or unset, got {choice!r}")
+    if choice == "1" and find_nvcc() is None:
+        raise SystemExit("LLAVA_FAST_CUDA=1 but there is no nvcc on PATH, in CUDA_HOME/bin or in /usr/local/cuda/bin")
+    return choice
+
+
+def extensions() -> list[Extension]:
+    choice = cuda_choice()
+    headers = glob("csrc/**/*.h", recursive=True)
+    found = [
+        Extension(
+            "llava_fast._cpu",
+            ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            depends=headers,
+            include_dirs=[pybind11.get_include(), "csrc"],
+            extra_compile_args=CXX_FLAGS + OPENMP,
+            extra_link_args=OPENMP,
+            language="c++",
+            optional=True,
+        )
+    ]
+    if choice != "0" and find_nvcc():
+        sources = sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))
+        found.append(Extension("llava_fast._cuda", sources, depends=headers, language="c++", optional=choice != "1"))
+    return found
+
+
+class BuildExtensions(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        if ext.name.endswith("._cuda"):
+            self._build_cuda(ext)
+            return
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        for suffix, flags in ISA_FLAGS.items():
+            sources = [source for source in ext.sources if source.endswith(suffix)]
+            ext.sources = [source for source in ext.sources if source not in sources]
+            if x86:
+                ext.extra_objects += self.compiler.compile(
+                    sources,
+                    output_dir=self.build_temp,
+                    include_dirs=ext.include_dirs,
+                    extra_postargs=ext.extra_compile_args + flags,
+                    depends=ext.depends,
+                )
+        super().build_extension(ext)
+
+    def _build_cuda(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        newest = max(Path(file).stat().st_mtime for file in [*ext.sources, *ext.depends, __file__])
+        if target.exists() and target.stat().st_mtime > newest and not self.force:
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        includes = [pybind11.get_include(), *self.include_dirs, "csrc"]
+        command = [find_nvcc(), *NVCC_FLAGS, "-shared", *[f"-I{path}" for path in includes], *ext.sources, "-o", str(target)]
+        print(" ".join(command), flush=True)
+        try:
+            subprocess.run(command, check=True)
+        except (subprocess.CalledProcessError, OSError) as error:
+            raise CompileError(f"nvcc could not build {ext.name}: {error}") from error
+
+
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})
