@@ -1,0 +1,207 @@
+"""A conversation as token ids with one placeholder a picture, and the labels that its template trains on.
+
+Templates, with LLaVA-NeXT's sources (llava/train/train.py at df17966 unless said):
+  qwen_1_5       preprocess_qwen. ChatML; the whole assistant turn is supervised, and so is every newline, <|im_start|> and
+                 <|im_end|> anywhere, in system and user turns too.
+  qwen_1_5_eval  the older preprocess_qwen of llava/eval/model_vqa.py and train_dpo.py: an extra newline after every picture; the
+                 assistant's role word and its newline are not supervised, of the other turns only <|im_start|>, <|im_end|> and
+                 the last newline are.
+  v1             preprocess_v1 (Vicuna): answers and their </s>.
+  plain          preprocess_plain: "<image>{caption}\\n", caption and newline supervised, the question dropped.
+  hf             the checkpoint's chat template: the prompt ids are those that `generate` renders, the answer and the token that
+                 ends its turn are supervised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from llava_fast.batch import IGNORE
+from llava_fast.inputs.records import MARK, Turn
+
+Template = Literal["qwen_1_5", "qwen_1_5_eval", "v1", "plain", "hf"]
+
+QWEN_SYSTEM = "You are a helpful assistant."
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """ids with one placeholder a picture, and labels of the same length: the id where it is supervised, IGNORE elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+
+
+def encode_turns(
+    turns: Sequence[Turn], template: Template, tokenizer: Any, image_token_id: int, chat_template: str | None = None
+) -> Labelled:
+    """Ids and labels of checked turns (`records.Record.turns`) for a fast Hugging Face tokenizer.
+
+    A leading system turn replaces the template's own system text. Text between marks is tokenised by itself, so that no merge
+    crosses a picture. chat_template: for 'hf'; None: the tokenizer's. Raises ValueError for an unknown template or a tokenizer that
+    lacks what the template needs.
+    """
+    if template not in get_args(Template):
+        raise ValueError(f"template must be one of {', '.join(get_args(Template))}, got {template!r}")
+    system = turns[0].text if turns[0].role == "system" else None
+    dialogue = [turn for turn in turns if turn.role != "system"]
+    if template == "qwen_1_5":
+        return _qwen(system, dialogue, tokenizer, image_token_id)
+    if template == "qwen_1_5_eval":
+        return _qwen_eval(system, dialogue, tokenizer, image_token_id)
+    if template == "v1":
+        return _vicuna(system, dialogue, tokenizer, image_token_id)
+    if template == "plain":
+        return _plain(dialogue, tokenizer, image_token_id)
+    return _hf(turns, tokenizer, image_token_id, chat_template or tokenizer.chat_template)
+
+
+def _qwen(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
+    newline, im_start, im_end = _chatml_ids(tokenizer)
+    always = {newline, im_start, im_end}
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in (Turn("system", QWEN_SYSTEM if system is None else system), *dialogue):
+        turn_ids = _with_pictures(f"<|im_start|>{turn.role}\n{turn.text}<|im_end|>\n", tokenizer, image)
+        ids += turn_ids
+        labels += [i if turn.role == "assistant" or i in always else IGNORE for i in turn_ids]
+    return Labelled(ids, labels)
+
+
+def _qwen_eval(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
+    newline, im_start, im_end = _chatml_ids(tokenizer)
+    ids: list[int] = []
+    labels: list[int] = []
+    for turn in (Turn("system", QWEN_SYSTEM if system is None else system), *dialogue):
+        role = [*_encode(tokenizer, turn.role), newline]
+        text: list[int] = []
+        for number, chunk in enumerate(turn.text.split(MARK)):
+            text += ([image, newline] if number else []) + _encode(tokenizer, chunk)
+        ids += [im_start, *role, *text, im_end, newline]
+        supervised = text if turn.role == "assistant" else [IGNORE] * len(text)
+        labels += [im_start, *[IGNORE] * len(role), *supervised, im_end, newline]
+    return Labelled(ids, labels)
+
+
+def _vicuna(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
+    """ "{system} USER: {q} ASSISTANT: {a}</s>USER: ..."; the labels are found by character, not by counting tokens as upstream."""
+    stop = tokenizer.eos_token
+    if stop is None or not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            f"template v1 needs a fast tokenizer with an end-of-sequence token, got {type(tokenizer).__name__} with eos {stop!r}"
+        )
+    text = (VICUNA_SYSTEM if system is None else system) + " "
+    answers = []
+    for question, answer in zip(dialogue[::2], dialogue[1::2], strict=True):
+        text += f"USER: {question.text} ASSISTANT: "
+        answers.append((len(text), len(text) + len(answer.text) + len(stop)))
+        text += answer.text + stop
+    ids = _start(tokenizer)
+    labels = [IGNORE] * len(ids)
+    offset = 0
+    for number, chunk in enumerate(text.split(MARK)):
+        if number:
+            ids.append(image)
+            labels.append(IGNORE)
+            offset += len(MARK)
+        encoded = tokenizer(chunk, add_special_tokens=False, return_offsets_mapping=True)
+        for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            # A token that carries the space before the answer starts ahead of it, so the end decides.
+            inside = any(first < offset + end <= last and offset + begin < last for first, last in answers)
+            ids.append(token)
+            labels.append(token if inside else IGNORE)
+        offset += len(chunk)
+    return Labelled(ids, labels)
+
+
+def _plain(dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
+    marks = dialogue[0].text.count(MARK)
+    if len(dialogue) != 2 or marks != 1:
+        raise ValueError(f"template plain takes one picture and one caption, got {marks} pictures and {len(dialogue)} turns")
+    prompt = [*_start(tokenizer), image]
+    caption = _encode(tokenizer, dialogue[1].text + "\n")
+    return Labelled(prompt + caption, [IGNORE] * len(prompt) + caption)
+
+
+def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | None) -> Labelled:
+    """Every answer follows a generation prompt, as in `generate`; a template may render past answers a little differently
+    (the released ones put a newline before them that the generation prompt lacks)."""
+    if chat_template is None:
+        raise ValueError("template hf needs a chat template, and the checkpoint has none; name one of the other templates")
+
+    def render(messages: list[dict], prompt: bool) -> str:
+        return tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, add_generation_prompt=prompt)
+
+    answer_end = "\N{END OF TEXT}"
+    probe = [_message(Turn("user", "?")), _message(Turn("assistant", answer_end))]
+    tail = _encode(tokenizer, render(probe, False).rpartition(answer_end)[2])
+    special = set(tokenizer.all_special_ids)
+    supervised = next((number + 1 for number, token in enumerate(tail) if token in special), 0)
+    if not supervised:  # LLaVA-1.5's template ends an answer with a space, but generation must learn to stop
+        tail, supervised = [tokenizer.eos_token_id], 1
+
+    ids: list[int] = []
+    labels: list[int] = []
+    messages: list[dict] = []
+    done = ""
+    for turn in turns:
+        messages.append(_message(turn))
+        if turn.role == "assistant":
+            answer = _encode(tokenizer, turn.text)
+            ids += answer + tail
+            labels += answer + tail[:supervised] + [IGNORE] * (len(tail) - supervised)
+            done = render(messages, False)
+        elif turn.role == "user":
+            prompt = render(messages, True)
+            if not prompt.startswith(done):
+                raise ValueError(f"the chat template rewrites earlier turns: {done!r} became {prompt[: len(done)]!r}")
+            start = [] if done or prompt.startswith(tokenizer.bos_token or "\0") else _start(tokenizer)
+            new = start + _with_pictures(prompt[len(done) :], tokenizer, image)
+            ids += new
+            labels += [IGNORE] * len(new)
+    return Labelled(ids, labels)
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    """A chat message in the Hugging Face form; the newline that sets a mark off from its text is the template's to write."""
+    content: list[dict[str, str]] = []
+    for number, piece in enumerate(turn.text.split(MARK)):
+        if number:
+            content.append({"type": "image"})
+        if text := (piece.strip("\n") if MARK in turn.text else piece):
+            content.append({"type": "text", "text": text})
+    return {"role": turn.role, "content": content}
+
+
+def _chatml_ids(tokenizer: Any) -> tuple[int, int, int]:
+    """Ids of newline, <|im_start|> and <|im_end|>."""
+    vocabulary = tokenizer.get_vocab()
+    newline = _encode(tokenizer, "\n")
+    missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in vocabulary]
+    if missing or len(newline) != 1:
+        raise ValueError(
+            f"a ChatML template needs a tokenizer with <|im_start|>, <|im_end|> and one newline token, missing {missing}, newline {newline}"
+        )
+    return newline[0], vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _start(tokenizer: Any) -> list[int]:
+    """The token that the tokenizer puts before every text ([] for Qwen)."""
+    return [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
+
+
+def _with_pictures(text: str, tokenizer: Any, image: int) -> list[int]:
+    ids: list[int] = []
+    for number, chunk in enumerate(text.split(MARK)):
+        ids += ([image] if number else []) + _encode(tokenizer, chunk)
+    return ids
