@@ -2,7 +2,6 @@
 #include "cpu/spatial_pool.h"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -55,26 +54,24 @@ AxisTables window_axis(int64_t inputs, int64_t outputs) {
     return axis;
 }
 
-// torch's bilinear with align_corners=False; A is the type it computes the weights in.
-template <typename A>
+// torch's bilinear with align_corners=False. Weights in double: torch's own fp32 ones are off by 1e-6 far from the corner.
 AxisTables bilinear_axis(int64_t inputs, int64_t outputs) {
     AxisTables axis;
     axis.taps = 2;
-    const A scale = static_cast<A>(inputs) / static_cast<A>(outputs);
+    const double scale = static_cast<double>(inputs) / static_cast<double>(outputs);
     for (int64_t o = 0; o < outputs; ++o) {
-        const A place = std::max(scale * (static_cast<A>(o) + A(0.5)) - A(0.5), A(0));
-        const int64_t low = std::min(static_cast<int64_t>(std::floor(place)), inputs - 1);
-        const A high_weight = std::min(place - static_cast<A>(low), A(1));
-        axis.add(low, A(1) - high_weight);
+        const double place = std::max(scale * (static_cast<double>(o) + 0.5) - 0.5, 0.0);
+        const int64_t low = std::min(static_cast<int64_t>(place), inputs - 1);
+        const double high_weight = std::min(place - static_cast<double>(low), 1.0);
+        axis.add(low, 1.0 - high_weight);
         axis.add(std::min(low + 1, inputs - 1), high_weight);
     }
     axis.invert(inputs);
     return axis;
 }
 
-AxisTables make_axis(DType dtype, PoolMode mode, int64_t inputs, int64_t outputs) {
-    if (mode != PoolMode::bilinear) return window_axis(inputs, outputs);
-    return dtype == DType::f64 ? bilinear_axis<double>(inputs, outputs) : bilinear_axis<float>(inputs, outputs);
+AxisTables make_axis(PoolMode mode, int64_t inputs, int64_t outputs) {
+    return mode == PoolMode::bilinear ? bilinear_axis(inputs, outputs) : window_axis(inputs, outputs);
 }
 
 void check_source(const int64_t* source, int64_t cells, int64_t rows) {
@@ -110,7 +107,7 @@ void spatial_pool_forward(DType dtype, PoolMode mode, const PoolShape& s, const 
                           int threads) {
     check_source(source, s.K * s.H * s.W, s.M);
     if (s.K == 0 || s.D == 0) return;
-    const AxisTables y = make_axis(dtype, mode, s.H, s.out_H), x = make_axis(dtype, mode, s.W, s.out_W);
+    const AxisTables y = make_axis(mode, s.H, s.out_H), x = make_axis(mode, s.W, s.out_W);
     PoolTask task{};
     task.dtype = dtype;
     task.mode = mode;
@@ -133,7 +130,7 @@ void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const
                            void* grad_table, int threads) {
     const int64_t cells = s.K * s.H * s.W;
     check_source(source, cells, s.M);
-    const AxisTables y = make_axis(dtype, mode, s.H, s.out_H), x = make_axis(dtype, mode, s.W, s.out_W);
+    const AxisTables y = make_axis(mode, s.H, s.out_H), x = make_axis(mode, s.W, s.out_W);
     std::vector<int64_t> reader_start(s.M + 1, 0), reader_cell(cells);
     for (int64_t i = 0; i < cells; ++i) ++reader_start[source[i] + 1];
     for (int64_t m = 0; m < s.M; ++m) reader_start[m + 1] += reader_start[m];

@@ -1,0 +1,146 @@
+"""Which implementation of an op runs: resolved once per op, device type, dtype and shape class, and logged.
+
+An op's file registers its implementations in order of preference; the first default one that serves the call and whose modules
+import is taken. Another is asked for by name with LLAVA_FAST_KERNELS="varlen_attention=triton,norm=reference", or, in tests,
+`with use(norm="reference"):`. A request that cannot be met raises ValueError; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import pkgutil
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NAMES = ("reference", "cpu", "triton", "cuda", "flash_attn", "xformers")
+ENVIRONMENT = "LLAVA_FAST_KERNELS"
+
+log = logging.getLogger("llava_fast.kernels")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """run: the function.  devices: device types it serves, dtypes: dtypes (None: all).  serves: shape classes (None: all).
+
+    modules: what it imports, tried before it is chosen.  default: False for one that runs only when asked for by name.
+    """
+
+    run: Callable[..., Any]
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    serves: Callable[[Any], bool] | None = None
+    modules: tuple[str, ...] = ()
+    default: bool = True
+
+    def obstacle(self, device: str, dtype: torch.dtype, shape: Hashable) -> str | None:
+        """Why it cannot take the call, or None."""
+        if self.devices is not None and device not in self.devices:
+            return f"it runs on {', '.join(self.devices)}, not on {device}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return (
+                f"it takes {', '.join(str(known).removeprefix('torch.') for known in self.dtypes)}, not {str(dtype).removeprefix('torch.')}"
+            )
+        if self.serves is not None and not self.serves(shape):
+            return f"it does not serve shape class {shape!r}"
+        for module in self.modules:
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                return f"{module} does not import ({error})"
+        return None
+
+
+_ops: dict[str, Mapping[str, Implementation]] = {}
+_overrides: dict[str, str] = {}  # of the innermost use()
+_resolved: dict[tuple[Any, ...], str] = {}
+
+
+def register(op: str, implementations: Mapping[str, Implementation]) -> None:
+    """Make `op` known with its implementations, the preferred one first; 'reference' has to be among them."""
+    assert "reference" in implementations and set(implementations) <= set(NAMES), list(implementations)
+    _ops[op] = implementations
+
+
+def resolve(op: str, device: str, dtype: torch.dtype, shape: Hashable = None) -> Callable[..., Any]:
+    """The function that runs `op` for tensors of this device type, dtype and shape class (whatever the op's file makes of it).
+
+    Raises ValueError where LLAVA_FAST_KERNELS or use() asks for what does not exist or cannot serve the call.
+    """
+    return _ops[op][resolve_name(op, device, dtype, shape)].run
+
+
+# Under torch.compile the name is a constant of the graph, which dynamo need not look into. (It cannot take a function so.)
+@torch.compiler.assume_constant_result
+def resolve_name(op: str, device: str, dtype: torch.dtype, shape: Hashable = None) -> str:
+    """The name of the implementation that `resolve` returns."""
+    key = (op, device, dtype, shape)
+    if key not in _resolved:
+        name, reason = _choose(op, device, dtype, shape)
+        log.info(
+            "%s (%s, %s%s): %s, %s", op, device, str(dtype).removeprefix("torch."), "" if shape is None else f", {shape}", name, reason
+        )
+        _resolved[key] = name
+    return _resolved[key]
+
+
+def _choose(op: str, device: str, dtype: torch.dtype, shape: Hashable) -> tuple[str, str]:
+    asked = {**_environment(), **_overrides}.get(op)
+    if asked is not None:
+        obstacle = _ops[op][asked].obstacle(device, dtype, shape)
+        if obstacle is not None:
+            raise ValueError(f"{op}={asked} was asked for but {obstacle}")
+        return asked, "asked for"
+    passed = []
+    for name, implementation in _ops[op].items():
+        if implementation.default:
+            obstacle = implementation.obstacle(device, dtype, shape)
+            if obstacle is None:
+                return name, "; ".join(["default", *passed])
+            passed.append(f"{name}: {obstacle}")
+    raise ValueError(f"no implementation of {op} can take this call: {'; '.join(passed)}")
+
+
+def _environment() -> dict[str, str]:
+    """LLAVA_FAST_KERNELS, checked."""
+    pairs = [part.split("=") for part in os.environ.get(ENVIRONMENT, "").replace(" ", "").split(",") if part]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise ValueError(f"{ENVIRONMENT} must look like 'norm=reference,varlen_attention=triton', got {'='.join(pair)!r}")
+        _check(*pair)
+    return {op: name for op, name in pairs}
+
+
+def _check(op: str, name: str) -> None:
+    # One op a file: the names of the files are the names of the ops, loaded or not.
+    package = importlib.import_module(__package__)
+    known = {module.name for module in pkgutil.iter_modules(package.__path__)} - {"registry"}
+    if op not in _ops and op in known:
+        importlib.import_module(f"{__package__}.{op}")
+    if op not in _ops and op not in known:
+        raise ValueError(f"there is no op {op!r}: expected one of {', '.join(sorted(known | set(_ops)))}")
+    have = tuple(_ops.get(op, ("reference",)))
+    if name not in have:
+        raise ValueError(f"{op} has no implementation {name!r}: expected one of {', '.join(have)}")
+
+
+@contextmanager
+def use(**implementations: str) -> Iterator[None]:
+    """Ask for implementations by op name inside a `with` block, in all threads; over LLAVA_FAST_KERNELS. For tests.
+
+    Everything is resolved anew inside. What torch.compile traced before keeps the implementations it was traced with.
+    """
+    global _overrides, _resolved
+    for op, name in implementations.items():
+        _check(op, name)
+    before = _overrides, _resolved
+    _overrides, _resolved = {**_overrides, **implementations}, {}
+    try:
+        yield
+    finally:
+        _overrides, _resolved = before
