@@ -79,9 +79,9 @@ def make_checkpoint(directory: Path | str, kind: str = "qwen", seed: int = 0, dt
     with torch.no_grad():  # the default init leaves biases zero and logits nearly flat: make every parameter count
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
+                parameter.add_(torch.randn_like(parameter) * 0.05)
             elif "embed" not in name:
-                parameter.mul_(3.0)
+                parameter.mul_(1.5)
         model.lm_head.weight.mul_(1.0 if kind == "qwen" else 10.0)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(directory)

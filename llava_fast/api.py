@@ -1,0 +1,91 @@
+"""`LlavaFast`: the model with its tokenizer and image processor, and the calls a user makes on it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from llava_fast import checkpoint
+from llava_fast.config import LlavaConfig
+from llava_fast.engine import dropin
+from llava_fast.engine.generate import generate as generate_requests
+from llava_fast.inputs.prepare import InputSpec
+from llava_fast.models.llava import Llava
+
+
+class LlavaFast(Llava):
+    """Made by `load`. An nn.Module whose parameters are named as in transformers, without the leading 'model.'.
+
+    input_spec: what inputs need (tokenizer, image processor, layouts).  carried: tensors of the checkpoint that nothing runs.
+    sidecar: the checkpoint's other files by name, saved back unchanged.
+    """
+
+    input_spec: InputSpec
+    generation_config: GenerationConfig
+    carried: dict[str, Tensor]
+    sidecar: dict[str, bytes]
+
+    def __init__(self, config: LlavaConfig):
+        super().__init__(config)
+        self.carried, self.sidecar = {}, {}
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.input_spec.tokenizer
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The stop tokens: generation_config's, else the tokenizer's."""
+        eos = self.generation_config.eos_token_id
+        return tuple([eos] if isinstance(eos, int) else eos or ())
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int = 0,
+    ) -> dropin.Output:
+        """transformers' forward: ids int64 [B, T] or embeddings [B, T, D], float views [N, 3, S, S], mask [B, T], labels [B, T].
+
+        -> .loss (mean over the labels that are not -100) and .logits fp32 [B, T, V] (the last `logits_to_keep` positions where
+        it is not 0; zero at padding). Raises ValueError when placeholders and picture features differ in number.
+        """
+        return dropin.forward(self, input_ids, attention_mask, pixel_values, labels, inputs_embeds, logits_to_keep)
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """transformers' generate, greedy or sampled: see engine/dropin.py. An argument that is not implemented raises by name."""
+        return dropin.generate(self, input_ids, attention_mask, pixel_values, inputs_embeds, settings)
+
+    def save_pretrained(self, directory: str | os.PathLike, max_shard_size: str = "5GB") -> None:
+        """Write a directory that transformers.LlavaForConditionalGeneration loads to the same logits."""
+        checkpoint.save_pretrained(self, directory, max_shard_size)
+
+
+def generate(model: LlavaFast | str | os.PathLike, requests: Any, *args: Any, **kw: Any) -> Any:
+    """Answer requests with a loaded model, or with a checkpoint that is loaded, used and freed: see engine/generate.py."""
+    if isinstance(model, LlavaFast):
+        return generate_requests(model, requests, *args, **kw)
+    loaded = checkpoint.load(model)
+    try:
+        return generate_requests(loaded, requests, *args, **kw)
+    finally:
+        del loaded
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+generate.__doc__ = f"{generate.__doc__}\n\n{generate_requests.__doc__}"

@@ -1,0 +1,181 @@
+"""transformers' calling conventions over the packed model: padded ids and masks in, padded ids or logits out.
+
+Shape letters: B rows of the caller's batch, T their padded length, N views, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_fast.batch import IGNORE, Layout, PackedBatch, Sample, pack
+from llava_fast.engine.decode import Sequence, decode, make_generator
+from llava_fast.requests import SamplingParams
+
+
+def pack_padded(
+    model: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    pixel_values: Tensor | None,
+    labels: Tensor | None,
+    needed: Any,
+    inputs_embeds: Tensor | None = None,
+) -> tuple[PackedBatch, Tensor, Tensor | None]:
+    """-> (the batch without its padding, the flat index int64 of its rows among B * T, embeddings [rows, D] or None).
+
+    Placeholders are matched with features in reading order over the whole batch, as transformers does.
+    Raises ValueError when their numbers differ, and for shapes that do not fit.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
+    B, T = given.shape[:2]
+    for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
+        if tensor is not None and tuple(tensor.shape) != (B, T):
+            raise ValueError(f"{name} must be [{B}, {T}] as the inputs are, got {list(tensor.shape)}")
+    kept = np.ones((B, T), dtype=bool) if attention_mask is None else attention_mask.cpu().numpy() != 0
+    empty = np.flatnonzero(~kept.any(1))
+    if len(empty):
+        raise ValueError(f"rows {empty.tolist()} of attention_mask are all padding")
+    ids = np.zeros((B, T), dtype=np.int64) if input_ids is None else input_ids.cpu().numpy().astype(np.int64)
+    out_of_range = ids[(ids < 0) | ((ids >= model.config.decoder.vocab_size) & (ids != model.config.image_token_id))]
+    if len(out_of_range):
+        raise ValueError(f"input_ids must be from 0 to {model.config.decoder.vocab_size - 1}, got {int(out_of_range[0])}")
+    all_labels = None if labels is None else labels.cpu().numpy()
+    samples = [Sample(ids[b][kept[b]], labels=None if all_labels is None else all_labels[b][kept[b]].astype(np.int64)) for b in range(B)]
+    batch = pack(samples, needed=needed)
+    rows = torch.from_numpy(np.flatnonzero(kept))
+
+    marked = batch.token_ids == model.config.image_token_id
+    marks, features = int(marked.sum()), 0 if pixel_values is None else pixel_values.shape[0] * model.config.patches
+    if marks != features and inputs_embeds is None:
+        raise ValueError(f"Image features and image tokens do not match, tokens: {marks}, features: {features}")
+    if pixel_values is not None and marks:
+        layout = Layout(marked.nonzero()[:, 0], (~marked).nonzero()[:, 0], None, (), model.config.patches)
+        batch = dataclasses.replace(batch, views=pixel_values, layout=layout, token_ids=batch.token_ids.masked_fill(marked, 0))
+    embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[rows.to(inputs_embeds.device)].to(model.compute_dtype)
+    return batch.to(model.device), rows, embeds
+
+
+@dataclasses.dataclass
+class Output:
+    """loss: mean cross-entropy or None.  logits: fp32 [B, T, V], zero at padding."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
+def forward(
+    model: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    pixel_values: Tensor | None,
+    labels: Tensor | None,
+    inputs_embeds: Tensor | None,
+    logits_to_keep: int,
+) -> Output:
+    """As transformers' LlavaForConditionalGeneration.forward, save that no padding row predicts anything."""
+    batch, rows, embeds = pack_padded(model, input_ids, attention_mask, pixel_values, labels, "all", inputs_embeds)
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
+    B, T = given.shape[:2]
+    hidden = model.hidden(batch, embeds=embeds)
+    padded = hidden.new_zeros(B * T, hidden.shape[-1]).index_copy(0, rows.to(hidden.device), hidden).view(B, T, -1)
+    logits = model.logits(padded[:, -logits_to_keep:] if logits_to_keep else padded)
+    loss = None
+    if labels is not None:
+        full = logits.flatten(0, 1) if not logits_to_keep else model.logits(padded.flatten(0, 1))
+        at = rows.to(hidden.device)[batch.label_rows]
+        loss = torch.nn.functional.cross_entropy(full[at], batch.labels, ignore_index=IGNORE)
+    return Output(loss, logits)
+
+
+# transformers' defaults for what neither the call nor the checkpoint sets.
+DEFAULTS = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0, min_new_tokens=None)
+DEFAULTS |= dict(num_return_sequences=1, max_new_tokens=None, max_length=None, eos_token_id=None, pad_token_id=None)
+# Accepted because they change no token here.
+WITHOUT_EFFECT = {"use_cache": True, "num_beams": 1, "return_dict_in_generate": False, "output_scores": False}
+
+
+def settings(model: Any, shorthand: dict[str, Any]) -> dict[str, Any]:
+    """The call's arguments over its generation_config over the checkpoint's over transformers' defaults."""
+    base = shorthand.pop("generation_config", None) or model.generation_config
+    for name, harmless in WITHOUT_EFFECT.items():
+        if name in shorthand and shorthand.pop(name) not in (harmless, None):
+            raise ValueError(f"generate takes {name}={harmless} only")
+    unknown = sorted(set(shorthand) - set(DEFAULTS) - {"seed"})
+    if unknown:
+        raise ValueError(f"generate does not implement {', '.join(unknown)}; it takes {', '.join(sorted(DEFAULTS))} and seed")
+    chosen = {}
+    for name, default in DEFAULTS.items():
+        value = shorthand.get(name)
+        value = getattr(base, name, None) if value is None else value
+        chosen[name] = default if value is None else value
+    chosen["seed"] = shorthand.get("seed")
+    return chosen
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    pixel_values: Tensor | None,
+    inputs_embeds: Tensor | None,
+    shorthand: dict[str, Any],
+) -> Tensor:
+    """As transformers' generate: int64 [B * num_return_sequences, T + new], the caller's ids and padding kept as they came.
+
+    With inputs_embeds, only the new tokens come back. Rows that end early are filled with pad_token_id.
+    """
+    chosen = settings(model, dict(shorthand))
+    batch, rows, embeds = pack_padded(model, input_ids, attention_mask, pixel_values, None, "last", inputs_embeds)
+    given = input_ids if input_ids is not None else inputs_embeds
+    assert given is not None
+    B, T = given.shape[:2]
+    lengths = batch.cu_seqlens.diff().tolist()
+
+    limit = model.config.decoder.max_positions
+    if chosen["max_new_tokens"] is not None:
+        max_new = chosen["max_new_tokens"]
+    elif chosen["max_length"] is not None:
+        max_new = chosen["max_length"] - (T if input_ids is not None else 0)
+        if max_new < 1:
+            raise ValueError(f"the input is {T} tokens long but max_length is {chosen['max_length']}")
+    else:
+        max_new = min(20, limit - T)
+    if max(lengths) >= limit:
+        raise ValueError(f"the prompt takes {max(lengths)} tokens, which leaves none of the context's {limit} for an answer")
+    params = SamplingParams(
+        max_new_tokens=max_new,
+        min_new_tokens=chosen["min_new_tokens"] or 0,
+        temperature=float(chosen["temperature"]) if chosen["do_sample"] else 0.0,
+        top_k=chosen["top_k"] or 0,
+        top_p=chosen["top_p"],
+        min_p=chosen["min_p"] or 0.0,
+        repetition_penalty=float(chosen["repetition_penalty"]),
+        seed=chosen["seed"],
+    )
+    eos = chosen["eos_token_id"]
+    eos_ids = tuple([eos] if isinstance(eos, int) else eos or ())
+    pad = chosen["pad_token_id"] if chosen["pad_token_id"] is not None else (eos_ids[0] if eos_ids else 0)
+
+    n = chosen["num_return_sequences"]
+    sequences = []
+    for b in range(B):
+        prompt = [] if input_ids is None else input_ids[b].tolist()
+        for i in range(n):
+            sequence = Sequence(b, lengths[b], prompt, params, min(max_new, limit - lengths[b]))
+            sequence.generator = make_generator(params.seed, b * n + i, model.device)
+            sequences.append(sequence)
+    for _ in decode(model, batch, sequences, eos_ids, embeds):
+        pass
+    longest = max(len(sequence.tokens) for sequence in sequences)
+    new = torch.tensor([sequence.tokens + [pad] * (longest - len(sequence.tokens)) for sequence in sequences], device=given.device)
+    return new if input_ids is None else torch.cat([input_ids.repeat_interleave(n, 0), new], dim=1)
