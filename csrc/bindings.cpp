@@ -4,18 +4,10 @@
 
 #include "cpu/isa.h"
 #include "cpu/spatial_pool.h"
+#include "pool_types.h"
 
 namespace py = pybind11;
 using namespace llava_fast;
-
-namespace {
-
-template <typename T>
-T* pointer(std::uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of llava_fast";
@@ -23,19 +15,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use");
     m.def("set_isa", &set_isa, "Use another instruction set (for tests)", py::arg("name"));
 
-    py::enum_<DType>(m, "DType")
-        .value("float32", DType::f32)
-        .value("float64", DType::f64)
-        .value("bfloat16", DType::bf16)
-        .value("float16", DType::f16);
-    py::enum_<PoolMode>(m, "PoolMode")
-        .value("average", PoolMode::average)
-        .value("max", PoolMode::max)
-        .value("bilinear", PoolMode::bilinear);
-    py::class_<PoolShape>(m, "PoolShape")
-        .def(py::init([](int64_t M, int64_t D, int64_t K, int64_t H, int64_t W, int64_t out_H, int64_t out_W) {
-            return PoolShape{M, D, K, H, W, out_H, out_W};
-        }));
+    bind_pool_types(m);
     m.def(
         "spatial_pool_forward",
         [](DType dtype, PoolMode mode, const PoolShape& shape, std::uintptr_t table, std::uintptr_t source, std::uintptr_t out,

@@ -113,7 +113,7 @@ def _environment() -> dict[str, str]:
         if len(pair) != 2:
             raise ValueError(f"{ENVIRONMENT} must look like 'norm=reference,varlen_attention=triton', got {'='.join(pair)!r}")
         _check(*pair)
-    return {op: name for op, name in pairs}
+    return dict(tuple(pair) for pair in pairs)
 
 
 def _check(op: str, name: str) -> None:

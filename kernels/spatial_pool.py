@@ -78,18 +78,18 @@ _LAUNCHERS = {"cpu": (_forward_cpu, _backward_cpu), "cuda": (_forward_cuda, _bac
 
 def spatial_pool_reference(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mode: PoolMode = "average") -> Tensor:
     """The same function from torch's ops, any device."""
+    K, H, W = source_KHW.shape
+    if K == 0:
+        return table_MD[:0]  # torch's pooling refuses an empty batch
     wide = table_MD.to(torch.promote_types(table_MD.dtype, torch.float32))
     maps_KDHW = F.embedding(source_KHW, wide).permute(0, 3, 1, 2)
-    H, W = source_KHW.shape[1:]
-    if source_KHW.shape[0] == 0:
-        pooled = maps_KDHW.new_empty(0, maps_KDHW.shape[1], *size)  # torch's pooling refuses an empty batch
-    elif mode == "bilinear":
+    if mode == "bilinear":
         pooled = F.interpolate(maps_KDHW, size=size, mode="bilinear", align_corners=False)
     else:
         window = (H // size[0], W // size[1])
         maps_KDHW = maps_KDHW[:, :, : window[0] * size[0], : window[1] * size[1]]
         pooled = (F.avg_pool2d if mode == "average" else F.max_pool2d)(maps_KDHW, window)
-    return pooled.permute(0, 2, 3, 1).reshape(-1, table_MD.shape[1]).to(table_MD.dtype)
+    return pooled.permute(0, 2, 3, 1).reshape(K * size[0] * size[1], -1).to(table_MD.dtype)
 
 
 @torch.library.custom_op("llava_fast::spatial_pool", mutates_args=())
