@@ -60,7 +60,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """A whole model. feature_layers index the tower's hidden states (0: the embeddings, i: after layer i, negative from the end);
+    """A whole model. feature_layers: the tower's layers whose outputs are taken (i: after layer i, from 1; negative from the end);
     drop_class: CLIP's class row is left out ('default'), kept otherwise ('full').
     """
 
@@ -77,7 +77,7 @@ class LlavaConfig:
 
     @property
     def selected(self) -> tuple[int, ...]:
-        """The feature layers counted from 0."""
+        """The feature layers counted from the first, which is 1."""
         return tuple(i + self.vision.layers + 1 if i < 0 else i for i in self.feature_layers)
 
     @property
@@ -104,9 +104,8 @@ def from_hf(hf: Any) -> LlavaConfig:
     decoder = _decoder(hf.text_config, tied=bool(getattr(hf, "tie_word_embeddings", False) or hf.text_config.tie_word_embeddings))
     layers = hf.vision_feature_layer
     layers = (layers,) if isinstance(layers, int) else tuple(layers)
-    bad = [i for i in layers if not -(vision.layers + 1) <= i <= vision.layers]
-    if not layers or bad:
-        raise ValueError(f"vision_feature_layer {hf.vision_feature_layer!r} is not among the tower's {vision.layers + 1} hidden states")
+    if not layers or any(not 1 <= abs(i) <= vision.layers for i in layers):
+        raise ValueError(f"vision_feature_layer must name the tower's {vision.layers} layers, got {hf.vision_feature_layer!r}")
     strategy = hf.vision_feature_select_strategy
     if strategy not in ("default", "full"):
         raise ValueError(f"vision_feature_select_strategy must be 'default' or 'full', got {strategy!r}")
