@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "cpu/isa.h"
+#include "cpu/probe.h"
 #include "cpu/spatial_pool.h"
 #include "pool_types.h"
 
@@ -14,6 +15,9 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("supported_isas", &supported_isas, "Instruction sets of this machine, best last");
     m.def("isa", [] { return isa_name(current_isa()); }, "The instruction set in use");
     m.def("set_isa", &set_isa, "Use another instruction set (for tests)", py::arg("name"));
+
+    m.def("fma_rate", &fma_rate, "fp32 operations a second of the arithmetic units", py::arg("threads"),
+          py::call_guard<py::gil_scoped_release>());
 
     bind_pool_types(m);
     m.def(

@@ -96,7 +96,7 @@ def _choose(op: str, device: str, dtype: torch.dtype, shape: Hashable) -> tuple[
         if obstacle is not None:
             raise ValueError(f"{op}={asked} was asked for but {obstacle}")
         return asked, "asked for"
-    passed = []
+    passed: list[str] = []
     for name, implementation in _ops[op].items():
         if implementation.default:
             obstacle = implementation.obstacle(device, dtype, shape)
@@ -108,12 +108,15 @@ def _choose(op: str, device: str, dtype: torch.dtype, shape: Hashable) -> tuple[
 
 def _environment() -> dict[str, str]:
     """LLAVA_FAST_KERNELS, checked."""
-    pairs = [part.split("=") for part in os.environ.get(ENVIRONMENT, "").replace(" ", "").split(",") if part]
-    for pair in pairs:
-        if len(pair) != 2:
-            raise ValueError(f"{ENVIRONMENT} must look like 'norm=reference,varlen_attention=triton', got {'='.join(pair)!r}")
-        _check(*pair)
-    return dict(tuple(pair) for pair in pairs)
+    asked = {}
+    for part in os.environ.get(ENVIRONMENT, "").replace(" ", "").split(","):
+        op, separator, name = part.partition("=")
+        if part and not (op and separator and name):
+            raise ValueError(f"{ENVIRONMENT} must look like 'norm=reference,varlen_attention=triton', got {part!r}")
+        if part:
+            _check(op, name)
+            asked[op] = name
+    return asked
 
 
 def _check(op: str, name: str) -> None:

@@ -25,51 +25,46 @@ from llava_fast.kernels.registry import Implementation
 PoolMode = Literal["average", "max", "bilinear"]
 
 
-def _native(module: Any, op: str, tensors: list[int], table_like: Tensor, shape: list[int], mode: str, last: int) -> None:
-    dtype = getattr(module.DType, str(table_like.dtype).removeprefix("torch."))
-    getattr(module, op)(dtype, getattr(module.PoolMode, mode), module.PoolShape(*shape), *tensors, last)
-
-
-def _shape(M: int, D: int, source_KHW: Tensor, size: list[int]) -> list[int]:
-    return [M, D, *source_KHW.shape, *size]
+def _call(module: Any, values: Tensor, rows: int, source_KHW: Tensor, size: list[int], mode: str) -> tuple[Any, Any, Any]:
+    """The first arguments of the native functions; `values` is [*, D] in the dtype that is pooled."""
+    dtype = getattr(module.DType, str(values.dtype).removeprefix("torch."))
+    return dtype, getattr(module.PoolMode, mode), module.PoolShape(rows, values.shape[1], *source_KHW.shape, *size)
 
 
 def _forward_cpu(table_MD: Tensor, source_KHW: Tensor, out: Tensor, size: list[int], mode: str) -> None:
     from llava_fast import _cpu
 
-    pointers = [table_MD.data_ptr(), source_KHW.data_ptr(), out.data_ptr()]
-    _native(_cpu, "spatial_pool_forward", pointers, out, _shape(*table_MD.shape, source_KHW, size), mode, torch.get_num_threads())
+    call = _call(_cpu, table_MD, table_MD.shape[0], source_KHW, size, mode)
+    _cpu.spatial_pool_forward(*call, table_MD.data_ptr(), source_KHW.data_ptr(), out.data_ptr(), torch.get_num_threads())
 
 
-def _backward_cpu(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, grad_table: Tensor, size: list[int], mode: str) -> Tensor:
+def _backward_cpu(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, rows: int, size: list[int], mode: str) -> Tensor:
     from llava_fast import _cpu
 
-    table = 0 if table_MD is None else table_MD.data_ptr()
-    pointers = [grad.data_ptr(), table, source_KHW.data_ptr(), grad_table.data_ptr()]
-    shape = _shape(*grad_table.shape, source_KHW, size)
-    _native(_cpu, "spatial_pool_backward", pointers, grad, shape, mode, torch.get_num_threads())
+    grad_table, table = grad.new_empty(rows, grad.shape[1]), 0 if table_MD is None else table_MD.data_ptr()
+    call = _call(_cpu, grad, rows, source_KHW, size, mode)
+    _cpu.spatial_pool_backward(*call, grad.data_ptr(), table, source_KHW.data_ptr(), grad_table.data_ptr(), torch.get_num_threads())
     return grad_table
 
 
 def _forward_cuda(table_MD: Tensor, source_KHW: Tensor, out: Tensor, size: list[int], mode: str) -> None:
     from llava_fast import _cuda
 
-    pointers = [table_MD.data_ptr(), source_KHW.data_ptr(), out.data_ptr()]
+    call = _call(_cuda, table_MD, table_MD.shape[0], source_KHW, size, mode)
     with torch.cuda.device(out.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _native(_cuda, "spatial_pool_forward", pointers, out, _shape(*table_MD.shape, source_KHW, size), mode, stream)
+        _cuda.spatial_pool_forward(*call, table_MD.data_ptr(), source_KHW.data_ptr(), out.data_ptr(), stream)
 
 
-def _backward_cuda(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, grad_table: Tensor, size: list[int], mode: str) -> Tensor:
+def _backward_cuda(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, rows: int, size: list[int], mode: str) -> Tensor:
     from llava_fast import _cuda
 
     # Several readers add to one row with atomics: in fp32, and in no fixed order.
-    total = torch.zeros_like(grad_table, dtype=torch.promote_types(grad.dtype, torch.float32))
-    table = 0 if table_MD is None else table_MD.data_ptr()
-    pointers = [grad.data_ptr(), table, source_KHW.data_ptr(), total.data_ptr()]
+    total = grad.new_zeros(rows, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+    call, table = _call(_cuda, grad, rows, source_KHW, size, mode), 0 if table_MD is None else table_MD.data_ptr()
     with torch.cuda.device(grad.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _native(_cuda, "spatial_pool_backward", pointers, grad, _shape(*total.shape, source_KHW, size), mode, stream)
+        _cuda.spatial_pool_backward(*call, grad.data_ptr(), table, source_KHW.data_ptr(), total.data_ptr(), stream)
     return total.to(grad.dtype)
 
 
@@ -109,8 +104,7 @@ def _spatial_pool_backward(
     grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, rows: int, size: list[int], mode: str, implementation: str
 ) -> Tensor:
     table_MD = None if table_MD is None else table_MD.contiguous()
-    grad_table = grad.new_empty(rows, grad.shape[1])
-    return _LAUNCHERS[implementation][1](grad.contiguous(), table_MD, source_KHW.contiguous(), grad_table, size, mode)
+    return _LAUNCHERS[implementation][1](grad.contiguous(), table_MD, source_KHW.contiguous(), rows, size, mode)
 
 
 @_spatial_pool_backward.register_fake

@@ -66,7 +66,7 @@ def test_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         ("toy=xformers", "toy has no implementation 'xformers'"),
         ("spatial_pool=flash_attn", "spatial_pool has no implementation 'flash_attn'"),
         ("toy", "must look like"),
-        ("toy=cpu=cpu", "must look like"),
+        ("toy=cpu=cpu", "no implementation 'cpu=cpu'"),
         ("toy=triton", "it runs on cuda, not on cpu"),
         ("toy=cpu", "it takes float32, not float64"),
         ("toy=flash_attn", "a_module_that_does_not_exist does not import"),
