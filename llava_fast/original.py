@@ -103,7 +103,7 @@ def read(directory: Path, raw: dict[str, Any], stored: dict, vision_tower: str |
     tokenizer = AutoTokenizer.from_pretrained(directory, config=text)
     image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     if image_token_id is None or image_token_id == tokenizer.unk_token_id:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]}, replace_additional_special_tokens=False)
+        tokenizer.add_tokens(["<image>"], special_tokens=True)
         image_token_id = tokenizer.convert_tokens_to_ids("<image>")
     if image_token_id >= text.vocab_size:
         text.vocab_size = (image_token_id // 64 + 1) * 64

@@ -28,13 +28,14 @@ TEXTS = [
 KINDS = ("qwen", "qwen_untied", "llama")
 
 
-def text_config(kind: str, vocab_size: int) -> Qwen2Config | LlamaConfig:
-    common = dict(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=2048
-    )
+def text_config(kind: str, vocab_size: int, **overrides) -> Qwen2Config | LlamaConfig:
+    common = dict(vocab_size=vocab_size, hidden_size=64, intermediate_size=112, num_hidden_layers=3, num_attention_heads=4)
+    common |= {"max_position_embeddings": 2048, **overrides}
+    heads = common["num_attention_heads"]
     if kind == "llama":  # grouped-query attention
-        return LlamaConfig(**common, num_key_value_heads=2, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
-    return Qwen2Config(**common, num_key_value_heads=4, tie_word_embeddings=kind == "qwen", bos_token_id=0, eos_token_id=2)
+        common |= dict(num_key_value_heads=heads // 2, rms_norm_eps=1e-5, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+        return LlamaConfig(**common)
+    return Qwen2Config(**common, num_key_value_heads=heads, tie_word_embeddings=kind == "qwen", bos_token_id=0, eos_token_id=2)
 
 
 def vision_config(kind: str, image_size: int = 42, layers: int = 3) -> SiglipVisionConfig | CLIPVisionConfig:
@@ -57,15 +58,16 @@ def make_checkpoint(directory: Path | str, kind: str = "qwen", seed: int = 0, dt
     """Write a llava directory (weights, config, tokenizer, processor) and return its path.
 
     kind: 'qwen' (SigLIP + tied Qwen2), 'qwen_untied', or 'llama' (CLIP + Llama with GQA, layer -2, class row dropped).
-    overrides: fields of LlavaConfig, or image_size.
+    overrides: fields of LlavaConfig, image_size, text (fields of the decoder's config) or max_shard_size.
     """
     directory = Path(directory)
     llama = kind == "llama"
+    max_shard_size = overrides.pop("max_shard_size", "5GB")
     tokenizer = train_tokenizer(TEXTS, family="llama" if llama else "qwen", vocab_size=400)
     vision = vision_config(kind, overrides.pop("image_size", 42))
     config = LlavaConfig(
         vision_config=vision,
-        text_config=text_config(kind, (len(tokenizer) + 63) // 64 * 64),
+        text_config=text_config(kind, **{"vocab_size": (len(tokenizer) + 63) // 64 * 64, **overrides.pop("text", {})}),
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         **{
             "vision_feature_layer": -2 if llama else -1,
@@ -84,7 +86,7 @@ def make_checkpoint(directory: Path | str, kind: str = "qwen", seed: int = 0, dt
                 parameter.mul_(1.5)
         model.lm_head.weight.mul_(1.0 if kind == "qwen" else 10.0)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(directory)
+    model.save_pretrained(directory, max_shard_size=max_shard_size)
 
     size = vision.image_size
     image_processor = (

@@ -1,0 +1,343 @@
+"""Checkpoints in and out: both formats, every tensor accounted for, faults named, memory bounded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from originals import make_original
+from padded import pixels
+from safetensors.torch import load_file, save_file
+from test_models import assert_close, batch_of
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+import llava_fast as lf
+from llava_fast import checkpoint
+
+SHAPES = [[3, "image", 5, "image"], [7, "image"], [9]]
+
+
+def edit_weights(source, target, edit) -> None:
+    """A copy of a checkpoint whose tensors went through `edit` (a dict in place)."""
+    shutil.copytree(source, target)
+    tensors = load_file(target / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def test_round_trip(directory, hf, tmp_path):
+    """What we save, transformers loads with no key missing or unexpected, to the same logits; and we load it bit for bit."""
+    model = lf.load(directory)
+    model.save_pretrained(tmp_path / "out", max_shard_size="100KB")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    theirs, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    before = dict(hf.state_dict())
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    again = lf.load(tmp_path / "out")
+    inputs = batch_of(model, SHAPES)
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+    kept = inputs["attention_mask"].bool()
+    assert_close(logits(model, inputs)[kept], logits(theirs.eval(), inputs)[kept])
+    assert AutoProcessor.from_pretrained(tmp_path / "out").chat_template == AutoProcessor.from_pretrained(directory).chat_template
+
+
+def test_unexecuted_tensors_are_carried(checkpoints, tmp_path):
+    """CLIP at layer -2: its last layer and final norm run nowhere, and come back unchanged."""
+    model = lf.load(checkpoints["llama"])
+    assert len(model.carried) == 16 + 2 and len(model.vision_tower.encoder.layers) == 2
+    model.save_pretrained(tmp_path)
+    before, after = load_file(checkpoints["llama"] / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert {checkpoint.canonical(k) for k in before} == {checkpoint.canonical(k) for k in after}
+    renamed = {checkpoint.canonical(k): v for k, v in after.items()}
+    assert all(torch.equal(value, renamed[checkpoint.canonical(key)]) for key, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_stored_dtype(checkpoints, tmp_path, dtype):
+    path = tiny.make_checkpoint(tmp_path / "model", "qwen", dtype=dtype)
+    assert {p.dtype for p in lf.load(path).parameters()} == {dtype}
+    assert lf.load(path, dtype="float32").stored_dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype must be 'auto' or a float dtype"):
+        lf.load(path, dtype="int8")
+
+
+def test_pickled_shards(checkpoints, tmp_path):
+    source = checkpoints["qwen_untied"]
+    shutil.copytree(source, tmp_path / "bin")
+    tensors = load_file(source / "model.safetensors")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    names = sorted(tensors)
+    torch.save({k: tensors[k] for k in names[::2]}, tmp_path / "bin" / "pytorch_model-00001-of-00002.bin")
+    torch.save(  # the format of torch before 1.6
+        {k: tensors[k] for k in names[1::2]}, tmp_path / "bin" / "pytorch_model-00002-of-00002.bin", _use_new_zipfile_serialization=False
+    )
+    inputs = batch_of(model := lf.load(tmp_path / "bin"), SHAPES)
+    assert torch.equal(logits(model, inputs), logits(lf.load(source), inputs))
+
+
+def test_pickles_run_no_code(checkpoints, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'executed'}",)
+
+    shutil.copytree(checkpoints["qwen"], tmp_path / "bin")
+    (tmp_path / "bin" / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Trap()}, tmp_path / "bin" / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        lf.load(tmp_path / "bin")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (lambda t: t.pop("language_model.model.norm.weight"), r"1 missing: language_model\.norm\.weight"),
+        (lambda t: t.update({"language_model.model.extra.weight": torch.ones(3)}), r"1 unexpected: language_model\.model\.extra\.weight"),
+        (
+            lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.ones(3)}),
+            r"1 wrongly shaped: multi_modal_projector\.linear_1\.bias is \[3\], expected \[64\]",
+        ),
+        (
+            lambda t: t.update({"multi_modal_projector.linear_1.bias": torch.ones(64, dtype=torch.int8)}),
+            r"1 not of a float dtype: multi_modal_projector\.linear_1\.bias",
+        ),
+        (lambda t: t.update({"language_model.lm_head.weight": torch.ones(384, 64)}), "should equal embed_tokens"),
+        (lambda t: t.update({"model.language_model.norm.weight": torch.ones(64)}), "language_model.norm.weight is stored twice"),
+    ],
+)
+def test_faulty_tensors_are_named(checkpoints, tmp_path, edit, message):
+    edit_weights(checkpoints["qwen"], tmp_path / "broken", edit)
+    with pytest.raises(ValueError, match=message):
+        lf.load(tmp_path / "broken")
+
+
+def test_tied_head_in_the_file(checkpoints, tmp_path):
+    def add_head(tensors):
+        tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].clone()
+
+    edit_weights(checkpoints["qwen"], tmp_path / "model", add_head)
+    assert lf.load(tmp_path / "model").lm_head is None
+
+
+def test_faulty_directories(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="neither a checkpoint directory nor a hub id"):
+        lf.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="could not be fetched from the hub"):
+        lf.load("nobody/nothing-of-this-name")
+    with pytest.raises(ValueError, match="has no config.json"):
+        lf.load(tmp_path)
+    (tmp_path / "config.json").write_text("{not json")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        lf.load(tmp_path)
+    shutil.copy(checkpoints["qwen"] / "config.json", tmp_path / "config.json")
+    with pytest.raises(ValueError, match="no .*weights"):
+        lf.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing of the kind")
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        lf.load(tmp_path)
+
+
+def test_missing_shard(checkpoints, tmp_path):
+    lf.load(checkpoints["qwen"]).save_pretrained(tmp_path, max_shard_size="100KB")
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ValueError, match=gone.name):
+        lf.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}, {"model_type": "gemma"}])
+def test_unsupported_decoders(checkpoints, tmp_path, change):
+    raw = json.loads((checkpoints["qwen"] / "config.json").read_text())
+    raw["text_config"] = {**raw["text_config"], **change, "layer_types": None}
+    shutil.copytree(checkpoints["qwen"], tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="sliding-window|must be qwen2 or llama"):
+        lf.load(tmp_path / "model")
+
+
+def test_stop_tokens(checkpoints, tmp_path):
+    """generation_config's, then the tokenizer's."""
+    path = checkpoints["qwen"]
+    assert lf.load(path).eos_ids == (2,)
+    shutil.copytree(path, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    assert lf.load(tmp_path / "model").eos_ids == (2, 0)
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert lf.load(tmp_path / "model").eos_ids == (2,)
+
+
+def test_interrupted_save_loses_nothing(checkpoints, tmp_path, monkeypatch):
+    model = lf.load(checkpoints["qwen"])
+    model.save_pretrained(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(*args, **kw):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        model.language_model.norm.weight.add_(1.0)
+    monkeypatch.setattr(model.generation_config, "save_pretrained", fail)
+    with pytest.raises(KeyboardInterrupt):
+        model.save_pretrained(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("scaling", [("linear", dict(factor=2.0)), ("llama3", dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0))])
+def test_scaled_rope(tmp_path, scaling):
+    kind, fields = scaling
+    fields = {**fields, "original_max_position_embeddings": 16} if kind == "llama3" else fields
+    path = tiny.make_checkpoint(tmp_path / "model", "llama")
+    raw = json.loads((path / "config.json").read_text())
+    raw["text_config"]["rope_parameters"] = {"rope_type": kind, "rope_theta": 10000.0, **fields}
+    (path / "config.json").write_text(json.dumps(raw))
+    hf = LlavaForConditionalGeneration.from_pretrained(path).eval()
+    model = lf.load(path)
+    inputs = batch_of(model, [[40, "image", 5]])
+    assert_close(logits(model, inputs), logits(hf, inputs))
+
+
+# Original directories.
+
+
+@pytest.mark.parametrize("tower", ["inside", "own"])
+def test_original_directories(directory, hf, kind, tmp_path, tower):
+    """The function of the transformers checkpoint they were made from; saved, transformers loads it."""
+    path = make_original(directory, tmp_path / "original", tower)
+    model = lf.load(path)
+    assert model.config.drop_class == (kind == "llama")
+    inputs = batch_of(model, SHAPES)
+    kept = inputs["attention_mask"].bool()
+    assert_close(logits(model, inputs)[kept], logits(hf, inputs)[kept])
+    assert model.config.options["image_aspect_ratio"] == "pad"
+
+    model.save_pretrained(tmp_path / "converted")
+    theirs, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "converted", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_close(logits(model, inputs)[kept], logits(theirs.eval(), inputs)[kept])
+    again = lf.load(tmp_path / "converted")
+    assert torch.equal(logits(again, inputs), logits(model, inputs)) and again.config.options == model.config.options
+
+
+def test_original_newline(checkpoints, tmp_path):
+    model = lf.load(make_original(checkpoints["qwen"], tmp_path / "original", mm_patch_merge_type="spatial_unpad"))
+    assert torch.equal(model.image_newline.detach(), torch.arange(64.0))
+    model.save_pretrained(tmp_path / "converted")
+    assert torch.equal(lf.load(tmp_path / "converted").image_newline.detach(), torch.arange(64.0))
+
+
+def test_original_linear_projector(checkpoints, tmp_path):
+    """LLaVA v1's single product; transformers has two, so the saved second one is the identity."""
+    path = make_original(checkpoints["llama"], tmp_path / "original", mm_projector_type="linear")
+    tensors = load_file(path / "model.safetensors")
+    for leaf in ("weight", "bias"):
+        tensors[f"model.mm_projector.{leaf}"] = tensors.pop(f"model.mm_projector.0.{leaf}")
+        del tensors[f"model.mm_projector.2.{leaf}"]
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    model = lf.load(path)
+    views = pixels(2)
+    with torch.no_grad():
+        features = model.features(views)
+        expected = features @ tensors["model.mm_projector.weight"].T + tensors["model.mm_projector.bias"]
+        assert_close(model.multi_modal_projector(features), expected.flatten(0, 1))
+    model.save_pretrained(tmp_path / "converted")
+    inputs = batch_of(model, SHAPES)
+    kept = inputs["attention_mask"].bool()
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "converted").eval()
+    assert_close(logits(theirs, inputs)[kept], logits(model, inputs)[kept])
+    assert torch.equal(logits(lf.load(tmp_path / "converted"), inputs), logits(model, inputs))
+
+
+def test_original_vocabulary_without_image_token(checkpoints, tmp_path):
+    """The tokenizer gets <image>; the vocabulary grows to hold it, by the mean row, which greedy decoding never picks."""
+    path = make_original(checkpoints["llama"], tmp_path / "original")
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] != "<image>"]
+    tokenizer["model"]["vocab"] = {("<pic>" if k == "<image>" else k): v for k, v in tokenizer["model"]["vocab"].items()}
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["extra_special_tokens"] = []
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    raw = json.loads((path / "config.json").read_text())
+    rows = max(tokenizer["model"]["vocab"].values()) + 1
+    tensors = load_file(path / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = tensors[name][:rows].clone()
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps({**raw, "vocab_size": rows}))
+
+    model = lf.load(path)
+    assert model.config.image_token_id == rows == model.tokenizer.convert_tokens_to_ids("<image>")
+    assert model.config.decoder.vocab_size == (rows // 64 + 1) * 64
+    assert_close(model.lm_head.weight[rows:], tensors["lm_head.weight"].mean(0).expand(model.config.decoder.vocab_size - rows, -1))
+    model.save_pretrained(tmp_path / "converted")
+    inputs = batch_of(model, [[3, "image", 5]])
+    theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "converted").eval()
+    assert_close(logits(theirs, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ({"mm_projector_type": "pooler"}, "mm_projector_type must be 'linear' or 'mlp2x_gelu', got 'pooler'"),
+        ({"model_type": "llava_mpt"}, "model_type must be one of"),
+        ({"mm_vision_tower": "no/such-tower"}, "no/such-tower"),
+        ({"mm_vision_select_feature": "slicefour_patch"}, "mm_vision_select_feature"),
+    ],
+)
+def test_original_outside_the_family(checkpoints, tmp_path, overrides, message):
+    path = make_original(checkpoints["llama"], tmp_path / "original", **overrides)
+    with pytest.raises(ValueError, match=message):
+        lf.load(path)
+
+
+MEASURE = """
+import sys, threading, time, torch
+import llava_fast as lf
+import llava_fast.checkpoint, llava_fast.api
+from transformers import AutoConfig, AutoTokenizer, AutoProcessor
+torch.set_num_threads(1)
+def anon():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+small = lf.load(sys.argv[2])  # imports and caches, so that the difference is the load alone
+peak, done = [anon()], False
+before = peak[0]
+def watch():
+    while not done:
+        peak.append(anon())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+model = lf.load(sys.argv[1], dtype=sys.argv[3])
+done = True
+thread.join()
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+print((max(peak) - before) / weights, weights)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_needs_little_more_memory_than_the_weights(checkpoints, tmp_path, dtype):
+    """Peak anonymous memory while loading at most 1.2 times the weights; bf16 on disk, several shards."""
+    text = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_hidden_layers=8, vocab_size=50_000)
+    path = tiny.make_checkpoint(tmp_path / "large", "qwen_untied", dtype=torch.bfloat16, text=text, max_shard_size="150MB")
+    assert len(list(path.glob("*.safetensors"))) >= 2
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), str(checkpoints["qwen"]), dtype], capture_output=True, text=True, check=True
+    )
+    ratio, weights = map(float, run.stdout.split())
+    assert weights > 3e8
+    assert ratio <= 1.2
