@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from llava_fast.batch import IGNORE
 from llava_fast.demo.tokenizer import INTERLEAVE_CHAT_TEMPLATE, train_tokenizer
+from llava_fast.inputs.chat import read_prompt, tokenise
 from llava_fast.inputs.labels import QWEN_SYSTEM, VICUNA_SYSTEM, encode_turns
 from llava_fast.inputs.records import Turn
 
@@ -214,16 +215,6 @@ def test_hf_supervises_answers_after_the_generation_prompt(qwen):
     )  # fmt: skip
 
 
-def test_hf_prompt_is_what_apply_chat_template_gives(qwen):
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "What is this?"}]}
-    turns = (Turn("user", "<image><image>\nWhat is this?"), Turn("assistant", "cat"))
-    prompt = qwen.apply_chat_template([message], add_generation_prompt=True, return_dict=False)
-    mark = qwen.convert_tokens_to_ids("<image>")
-    got = encode_turns(turns, "hf", qwen, mark)
-    assert got.ids[: len(prompt)] == prompt
-    assert set(got.labels[: len(prompt)]) == {IGNORE} and got.labels[len(prompt)] != IGNORE
-
-
 def test_hf_with_a_template_that_names_no_stop(vicuna):
     check(
         vicuna,
@@ -237,13 +228,49 @@ def test_hf_with_a_template_that_names_no_stop(vicuna):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("keep_order", [False, True])
+@pytest.mark.parametrize(
+    "turns", [TWO_TURNS, TWO_PICTURES, (Turn("user", "<image><image>\nWhat is this?"), Turn("assistant", "cat")), WITH_SYSTEM]
+)
+@pytest.mark.parametrize("name", ["qwen", "vicuna"])
+def test_hf_prompt_is_what_generate_renders(name, turns, keep_order, request):
+    tokenizer = request.getfixturevalue(name)
+    template = INTERLEAVE_CHAT_TEMPLATE if name == "qwen" else LLAVA_15_TEMPLATE
+    first = turns[: 1 + (turns[0].role == "system")]
+    messages, media = [], 0
+    for turn in first:
+        content = []
+        for number, piece in enumerate(turn.text.split("<image>")):
+            content += [{"type": "image", "image": "x"}] if number else []
+            content += [{"type": "text", "text": piece.strip("\n")}] if piece.strip("\n") else []
+        media += turn.text.count("<image>")
+        messages.append({"role": turn.role, "content": content})
+    mark = tokenizer.convert_tokens_to_ids("<image>")
+    prompt = tokenise(read_prompt(messages), [1] * media, tokenizer, mark, "hf", template, keep_order)
+    got = encode_turns(turns, "hf", tokenizer, mark, chat_template=template, keep_order=keep_order)
+    assert got.ids[: len(prompt)] == prompt
+    assert set(got.labels[: len(prompt)]) == {IGNORE} and got.labels[len(prompt)] != IGNORE
+
+
+@pytest.mark.parametrize("template", ["qwen_1_5", "qwen_1_5_eval", "hf"])
+def test_a_mark_stands_for_as_many_placeholders_as_its_video_has_frames(qwen, template):
+    turns = (Turn("user", "<image>\nAnd <image>?"), Turn("assistant", "yes"))
+    written_out = (Turn("user", "<image><image><image>\nAnd <image>?"), Turn("assistant", "yes"))
+    assert encode_turns(turns, template, qwen, IMAGE, counts=[3, 1]) == encode_turns(written_out, template, qwen, IMAGE)
+
+
+def test_hf_without_a_template_is_vicunas(vicuna):
+    assert vicuna.chat_template is None
+    assert encode_turns(TWO_TURNS, "hf", vicuna, IMAGE) == encode_turns(TWO_TURNS, "v1", vicuna, IMAGE)
+
+
 def test_errors(qwen, vicuna):
     with pytest.raises(ValueError, match="'llama_2'"):
         encode_turns(TWO_TURNS, "llama_2", qwen, IMAGE)
     with pytest.raises(ValueError, match="im_start"):
         encode_turns(TWO_TURNS, "qwen_1_5", vicuna, IMAGE)
-    with pytest.raises(ValueError, match="chat template"):
-        encode_turns(TWO_TURNS, "hf", vicuna, IMAGE)
+    with pytest.raises(ValueError, match="rewrites earlier turns"):
+        encode_turns(TWO_TURNS, "hf", qwen, IMAGE, chat_template="{{ messages | length }}" + LLAVA_15_TEMPLATE)
     for turns, message in ((TWO_TURNS, "4 turns"), (TWO_PICTURES, "2 pictures"), (TWO_TURNS[2:], "0 pictures")):
         with pytest.raises(ValueError, match=message):
             encode_turns(turns, "plain", qwen, IMAGE)

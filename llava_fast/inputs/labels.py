@@ -39,16 +39,26 @@ class Labelled:
 
 
 def encode_turns(
-    turns: Sequence[Turn], template: Template, tokenizer: Any, image_token_id: int, chat_template: str | None = None
+    turns: Sequence[Turn],
+    template: Template,
+    tokenizer: Any,
+    image_token_id: int,
+    counts: Sequence[int] | None = None,
+    chat_template: str | None = None,
+    keep_order: bool = False,
 ) -> Labelled:
     """Ids and labels of checked turns (`records.Record.turns`) for a fast Hugging Face tokenizer.
 
     A leading system turn replaces the template's own system text. Text between marks is tokenised by itself, so that no merge
-    crosses a picture. chat_template: for 'hf'; None: the tokenizer's. Raises ValueError for an unknown template or a tokenizer that
-    lacks what the template needs.
+    crosses a picture.
+    counts: placeholders that each mark stands for, in order (the frames of a video); None: one each.
+    chat_template, keep_order: for 'hf', as in chat.tokenise; None: the tokenizer's own template, else ChatML or Vicuna as there.
+    Raises ValueError for an unknown template or a tokenizer that lacks what the template needs.
     """
     if template not in get_args(Template):
         raise ValueError(f"template must be one of {', '.join(get_args(Template))}, got {template!r}")
+    if counts is not None:
+        turns = _expand_marks(turns, counts)
     system = turns[0].text if turns[0].role == "system" else None
     dialogue = [turn for turn in turns if turn.role != "system"]
     if template == "qwen_1_5":
@@ -59,7 +69,19 @@ def encode_turns(
         return _vicuna(system, dialogue, tokenizer, image_token_id)
     if template == "plain":
         return _plain(dialogue, tokenizer, image_token_id)
-    return _hf(turns, tokenizer, image_token_id, chat_template or tokenizer.chat_template)
+    chat_template = chat_template or tokenizer.chat_template
+    if chat_template is None and "<|im_start|>" not in tokenizer.get_vocab():
+        return _vicuna(system, dialogue, tokenizer, image_token_id)
+    return _hf(turns, tokenizer, image_token_id, chat_template, keep_order)
+
+
+def _expand_marks(turns: Sequence[Turn], counts: Sequence[int]) -> list[Turn]:
+    remaining = iter(counts)
+    expanded = []
+    for turn in turns:
+        first, *rest = turn.text.split(MARK)
+        expanded.append(Turn(turn.role, first + "".join(MARK * next(remaining) + piece for piece in rest)))
+    return expanded
 
 
 def _qwen(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
@@ -90,7 +112,7 @@ def _qwen_eval(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, ima
 
 
 def _vicuna(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
-    """ "{system} USER: {q} ASSISTANT: {a}</s>USER: ..."; the labels are found by character, not by counting tokens as upstream."""
+    """{system} USER: {q} ASSISTANT: {a}</s>USER: ...; the labels are found by character, not by counting tokens as upstream."""
     stop = tokenizer.eos_token
     if stop is None or not getattr(tokenizer, "is_fast", False):
         raise ValueError(
@@ -122,25 +144,30 @@ def _vicuna(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image:
 
 def _plain(dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
     marks = dialogue[0].text.count(MARK)
-    if len(dialogue) != 2 or marks != 1:
-        raise ValueError(f"template plain takes one picture and one caption, got {marks} pictures and {len(dialogue)} turns")
-    prompt = [*_start(tokenizer), image]
+    if len(dialogue) != 2 or not marks or MARK * marks not in dialogue[0].text:
+        raise ValueError(
+            f"template plain takes one picture (or several side by side) and one caption, got {marks} pictures and {len(dialogue)} turns"
+        )
+    prompt = [*_start(tokenizer), *[image] * marks]
     caption = _encode(tokenizer, dialogue[1].text + "\n")
     return Labelled(prompt + caption, [IGNORE] * len(prompt) + caption)
 
 
-def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | None) -> Labelled:
+def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | None, keep_order: bool) -> Labelled:
     """Every answer follows a generation prompt, as in `generate`; a template may render past answers a little differently
     (the released ones put a newline before them that the generation prompt lacks)."""
-    if chat_template is None:
-        raise ValueError("template hf needs a chat template, and the checkpoint has none; name one of the other templates")
+    from llava_fast.inputs import chat  # it imports this module's constants
 
-    def render(messages: list[dict], prompt: bool) -> str:
-        return tokenizer.apply_chat_template(messages, chat_template=chat_template, tokenize=False, add_generation_prompt=prompt)
+    template = chat_template or chat.INTERLEAVE_CHAT_TEMPLATE
+
+    def render(shown: Sequence[Turn]) -> str:
+        messages = tuple(chat.Message(turn.role, _parts(turn.text)) for turn in shown)
+        return chat.render_template(chat.Conversation(messages, ()), [1], tokenizer, template, keep_order)
 
     answer_end = "\N{END OF TEXT}"
-    probe = [_message(Turn("user", "?")), _message(Turn("assistant", answer_end))]
-    tail = _encode(tokenizer, render(probe, False).rpartition(answer_end)[2])
+    probe = (Turn("user", "?"), Turn("assistant", answer_end))
+    generation_prompt = _generation_prompt(tokenizer, template)
+    tail = _encode(tokenizer, render(probe).rpartition(answer_end)[2].removesuffix(generation_prompt))
     special = set(tokenizer.all_special_ids)
     supervised = next((number + 1 for number, token in enumerate(tail) if token in special), 0)
     if not supervised:  # LLaVA-1.5's template ends an answer with a space, but generation must learn to stop
@@ -148,35 +175,44 @@ def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | 
 
     ids: list[int] = []
     labels: list[int] = []
-    messages: list[dict] = []
     done = ""
-    for turn in turns:
-        messages.append(_message(turn))
+    for number, turn in enumerate(turns, 1):
         if turn.role == "assistant":
             answer = _encode(tokenizer, turn.text)
             ids += answer + tail
             labels += answer + tail[:supervised] + [IGNORE] * (len(tail) - supervised)
-            done = render(messages, False)
+            done = render(turns[:number]).removesuffix(generation_prompt)
         elif turn.role == "user":
-            prompt = render(messages, True)
-            if not prompt.startswith(done):
-                raise ValueError(f"the chat template rewrites earlier turns: {done!r} became {prompt[: len(done)]!r}")
-            start = [] if done or prompt.startswith(tokenizer.bos_token or "\0") else _start(tokenizer)
-            new = start + _with_pictures(prompt[len(done) :], tokenizer, image)
-            ids += new
-            labels += [IGNORE] * len(new)
+            text = render(turns[:number])
+            if not text.startswith(done):
+                raise ValueError(f"the chat template rewrites earlier turns: {done!r} became {text[: len(done)]!r}")
+            add_start = not done and (tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token))
+            prompt = chat.encode(text[len(done) :], tokenizer, image, add_start)
+            ids += prompt
+            labels += [IGNORE] * len(prompt)
     return Labelled(ids, labels)
 
 
-def _message(turn: Turn) -> dict[str, Any]:
-    """A chat message in the Hugging Face form; the newline that sets a mark off from its text is the template's to write."""
-    content: list[dict[str, str]] = []
-    for number, piece in enumerate(turn.text.split(MARK)):
+def _generation_prompt(tokenizer: Any, template: str) -> str:
+    """What a chat template writes to ask for an answer."""
+    content = [{"type": "text", "text": "?"}] if "type" in template else "?"
+    messages = [{"role": "user", "content": content}]
+    without, asking = (
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+        for prompt in (False, True)
+    )
+    return asking.removeprefix(without)
+
+
+def _parts(text: str) -> tuple[str | int, ...]:
+    """Text and media numbers of a turn; the newline that sets a mark off from its text is the template's to write."""
+    parts: list[str | int] = []
+    for number, piece in enumerate(text.split(MARK)):
         if number:
-            content.append({"type": "image"})
-        if text := (piece.strip("\n") if MARK in turn.text else piece):
-            content.append({"type": "text", "text": text})
-    return {"role": turn.role, "content": content}
+            parts.append(0)
+        if piece := (piece.strip("\n") if MARK in text else piece):
+            parts.append(piece)
+    return tuple(parts)
 
 
 def _chatml_ids(tokenizer: Any) -> tuple[int, int, int]:
