@@ -1,0 +1,108 @@
+"""`pytest bench --benchmark-only`: every benchmark in turns with its baseline, the machine's limits first, ratios last.
+
+--seconds S     time a benchmark may take (default 2)
+--record NAME   write the results to bench/results/<device>/<date>-<commit>-NAME.json
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bench import results
+from bench.limits import Limits, describe, probe, seconds
+from bench.paired import Paired, rounds_for
+
+_rows = pytest.StashKey[list[dict[str, Any]]]()
+_limits = pytest.StashKey[dict[str, Limits]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("llava_fast benchmarks")
+    group.addoption("--seconds", type=float, default=2.0, help="time a benchmark may take")
+    group.addoption("--record", metavar="NAME", help="write the results under bench/results/")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_rows] = []
+    config.stash[_limits] = {}
+
+
+@pytest.fixture
+def limits(request: pytest.FixtureRequest) -> Callable[[str], Limits]:
+    """limits('cpu') or limits('cuda'), probed once a session."""
+    known = request.config.stash[_limits]
+
+    def of(device: str) -> Limits:
+        if device not in known:
+            known[device] = probe(device)
+        return known[device]
+
+    return of
+
+
+@pytest.fixture
+def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.FixtureRequest) -> Callable[..., Paired]:
+    """paired(ours, baseline, device='cpu', bytes_moved=..., operations=..., limit=...) times both in turns.
+
+    pytest-benchmark times `ours`; each round is preceded by one of `baseline`. bytes_moved and operations of one call of ours
+    give its rate and the share of the limit: copy bandwidth for bytes, or `limit` operations a second.
+    Everything lands in benchmark.extra_info.
+    """
+
+    def run(
+        ours: Callable[[], object],
+        baseline: Callable[[], object],
+        *,
+        device: str = "cpu",
+        bytes_moved: float | None = None,
+        operations: float | None = None,
+        limit: float | None = None,
+    ) -> Paired:
+        machine = limits(device)
+        our_times: list[float] = []
+        baseline_times: list[float] = []
+        rounds = rounds_for(ours, baseline, request.config.getoption("--seconds"), device)
+        benchmark.pedantic(
+            lambda: our_times.append(seconds(ours, device)),
+            setup=lambda: baseline_times.append(seconds(baseline, device)),
+            rounds=rounds,
+        )
+        pairs = Paired(tuple(our_times), tuple(baseline_times))
+        row = {"name": request.node.name, "device": device, **pairs.summary()}
+        if bytes_moved is not None:
+            row["gbs"] = bytes_moved / row["ours_ms"] / 1e6
+            row["of_limit"] = row["gbs"] / machine.copy_gbs
+        if operations is not None and limit is not None:
+            row["gflops"] = operations / row["ours_ms"] / 1e6
+            row["of_limit"] = row["gflops"] * 1e9 / limit
+        benchmark.extra_info.update(row)
+        request.config.stash[_rows].append(row)
+        return pairs
+
+    return run
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows, known = config.stash[_rows], config.stash[_limits]
+    if not rows:
+        return
+    terminalreporter.section("in turns with the baseline")
+    for limits in known.values():
+        terminalreporter.write_line(describe(limits))
+    width = max(len(row["name"]) for row in rows)
+    terminalreporter.write_line(f"{'':{width}} {'ours ms':>9} {'rate':>13} {'of limit':>9} {'baseline ms':>12}  ratio [quartiles]")
+    for row in rows:
+        rate = f"{row['gbs']:.1f} GB/s" if "gbs" in row else f"{row['gflops']:,.0f} GFLOP/s" if "gflops" in row else ""
+        share = f"{row['of_limit']:.0%}" if "of_limit" in row else ""
+        spread = f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] of {row['rounds']}"
+        terminalreporter.write_line(
+            f"{row['name']:{width}} {row['ours_ms']:9.3f} {rate:>13} {share:>9} {row['baseline_ms']:12.3f}  {spread}"
+        )
+    if name := config.getoption("--record"):
+        for device, limits in known.items():
+            measured = [row for row in rows if row["device"] == device]
+            path = results.write(name, measured, {"seconds": config.getoption("--seconds")}, limits)
+            terminalreporter.write_line(f"written: {path}")

@@ -1,0 +1,88 @@
+"""What the machine at hand can do at best: the figures that every benchmark is held against. `python -m bench.limits`
+
+read, copy: bytes a second from and to main or device memory, out of cache (a copy counts both ways). gemm: square products
+through torch, in operations a second (two a multiply-add). fma: fp32 multiply-adds in registers, CPU only.
+Each is the best of several runs: a limit is what was reached once.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+CPU_BYTES, CUDA_BYTES = 1 << 28, 1 << 31  # well past the last-level cache
+CPU_GEMM, CUDA_GEMM = 1024, 8192
+
+
+@dataclass(frozen=True)
+class Limits:
+    """In units of 1e9: bytes a second, operations a second. None: not measured on this device."""
+
+    device: str
+    threads: int
+    read_gbs: float
+    copy_gbs: float
+    gemm_fp32_gflops: float
+    gemm_bf16_gflops: float
+    fma_fp32_gflops: float | None
+
+
+def seconds(run: Callable[[], object], device: str = "cpu") -> float:
+    """Wall seconds of one call, the device's work included."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def best(run: Callable[[], object], device: str, runs: int = 5) -> float:
+    run()
+    return min(seconds(run, device) for _ in range(runs))
+
+
+def _bandwidths(device: str) -> tuple[float, float]:
+    size = CPU_BYTES if device == "cpu" else CUDA_BYTES
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    return size / best(lambda: torch.sum(source), device), 2 * size / best(lambda: target.copy_(source), device)
+
+
+def _gemm(dtype: torch.dtype, device: str) -> float:
+    n = CPU_GEMM if device == "cpu" else CUDA_GEMM
+    a, b = torch.randn(n, n, device=device).to(dtype), torch.randn(n, n, device=device).to(dtype)
+    return 2 * n**3 / best(lambda: a @ b, device)
+
+
+def probe(device: str = "cpu") -> Limits:
+    """Measure the limits of 'cpu' (on torch's threads) or 'cuda'; about two seconds."""
+    read, copy = _bandwidths(device)
+    fp32, bf16 = _gemm(torch.float32, device), _gemm(torch.bfloat16, device)
+    fma = None
+    if device == "cpu":
+        from llava_fast import _cpu
+
+        fma = max(_cpu.fma_rate(torch.get_num_threads()) for _ in range(3)) / 1e9
+    return Limits(device, torch.get_num_threads(), read / 1e9, copy / 1e9, fp32 / 1e9, bf16 / 1e9, fma)
+
+
+def describe(limits: Limits) -> str:
+    """One line, for the head of a benchmark's output."""
+    fma = "" if limits.fma_fp32_gflops is None else f", fp32 FMA {limits.fma_fp32_gflops:,.0f} GFLOP/s"
+    return (
+        f"limits of this {limits.device} ({limits.threads} threads): read {limits.read_gbs:.1f} GB/s, copy {limits.copy_gbs:.1f} GB/s, "
+        f"products fp32 {limits.gemm_fp32_gflops:,.0f} and bf16 {limits.gemm_bf16_gflops:,.0f} GFLOP/s{fma}"
+    )
+
+
+if __name__ == "__main__":
+    for name in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        found = probe(name)
+        print(describe(found))
+        print(json.dumps(asdict(found)))
