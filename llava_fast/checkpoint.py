@@ -14,9 +14,10 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -26,7 +27,11 @@ from transformers import AutoConfig, GenerationConfig
 
 from llava_fast import original
 from llava_fast.config import LlavaConfig, from_hf
+from llava_fast.inputs.prepare import InputSpec
 from llava_fast.models.llava import Llava
+
+if TYPE_CHECKING:
+    from llava_fast.api import LlavaFast
 
 # File names of every generation of both formats -> our parameter names. The first match that applies ends each group.
 RENAMES = (
@@ -226,12 +231,45 @@ def _check_derived(name: str, tensor: Tensor, model: Llava) -> None:
         raise ValueError(f"{name} should {rule}, but is not")
 
 
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint whose headers were read. inputs_dir: tokenizer and processor files.  grown: as load_into takes it."""
+
+    directory: Path
+    config: LlavaConfig
+    stored: dict[str, Stored]
+    inputs_dir: Path
+    grown: dict[str, int]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the embedding table."""
+        embed = self.stored.get("language_model.embed_tokens.weight")
+        return embed.dtype if embed is not None and embed.dtype.is_floating_point else torch.float32
+
+
+@contextmanager
+def opened(path: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> Iterator[Opened]:
+    """Read config and tensor headers of either format; `inputs_dir` may be gone after the block."""
+    directory = resolve(path)
+    raw = read_config(directory)
+    stored = index_tensors(directory)
+    if not original.is_original(raw):
+        yield Opened(directory, from_hf(AutoConfig.from_pretrained(directory)), stored, directory, {})
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        hf, stored = original.read(directory, raw, stored, vision_tower, Path(scratch))
+        config = from_hf(hf)
+        rows = config.decoder.vocab_size
+        yield Opened(directory, config, stored, Path(scratch), {"language_model.embed_tokens.weight": rows, "lm_head.weight": rows})
+
+
 def load(
     path: str | os.PathLike,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     vision_tower: str | os.PathLike | None = None,
-):
+) -> LlavaFast:
     """Read a checkpoint into a `LlavaFast`.
 
     path: a transformers `llava` directory or hub id, or an original LLaVA / LLaVA-NeXT directory.  device 'auto': the GPU where
@@ -239,25 +277,14 @@ def load(
     config says.  Raises ValueError for anything that does not fit, before weights are read.
     """
     from llava_fast.api import LlavaFast
-    from llava_fast.inputs.prepare import InputSpec
 
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    directory = resolve(path)
-    raw = read_config(directory)
-    stored = index_tensors(directory)
-    with tempfile.TemporaryDirectory() as scratch:
-        if original.is_original(raw):
-            hf, stored = original.read(directory, raw, stored, vision_tower, Path(scratch))
-            inputs_dir = Path(scratch)
-        else:
-            hf, inputs_dir = AutoConfig.from_pretrained(directory), directory
-        config = from_hf(hf)
-        dtype = _dtype(dtype, stored)
+    stored_as = _dtype(dtype)
+    with opened(path, vision_tower) as found:
+        config, inputs_dir = found.config, found.inputs_dir
         with torch.device("meta"):
             model = LlavaFast(config)
-        rows = config.decoder.vocab_size
-        grown = {"language_model.embed_tokens.weight": rows, "lm_head.weight": rows} if original.is_original(raw) else {}
-        model.carried = load_into(model, stored, device, dtype, grown)
+        model.carried = load_into(model, found.stored, device, stored_as or found.dtype, found.grown)
         model.input_spec = InputSpec.from_dir(
             inputs_dir,
             image_token_id=config.image_token_id,
@@ -277,10 +304,10 @@ def load(
     return model.eval()
 
 
-def _dtype(dtype: str | torch.dtype, stored: dict[str, Stored]) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None for 'auto'."""
     if dtype == "auto":
-        embed = stored.get("language_model.embed_tokens.weight")
-        return embed.dtype if embed is not None and embed.dtype.is_floating_point else torch.float32
+        return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype must be 'auto' or a float dtype such as 'bfloat16', got {dtype!r}")

@@ -1,0 +1,183 @@
+"""`llava-fast`: demo, generate, train, convert, info."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import llava_fast
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+notes = Console(stderr=True)
+
+Model = Annotated[str, typer.Option("--model", "-m", help="a checkpoint directory (transformers or original LLaVA) or a hub id")]
+VisionTower = Annotated[str | None, typer.Option(help="an original checkpoint's tower, if not where its config says")]
+
+
+def megabytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="the question; may hold <image> and <video> marks")],
+    model: Model,
+    image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="a picture; repeat for more")] = None,
+    video: Annotated[list[Path] | None, typer.Option("--video", help="a video file or a folder of frames; repeat for more")] = None,
+    raw: Annotated[bool, typer.Option(help="the prompt is the whole text as the model is to see it, chat markup included")] = False,
+    keep_order: Annotated[bool, typer.Option(help="keep pictures at their marks although the chat template moves them first")] = False,
+    num_frames: Annotated[int | None, typer.Option(help="frames of a video, spread evenly")] = None,
+    fps: Annotated[float | None, typer.Option(help="frames a second of a video")] = None,
+    pool: Annotated[str | None, typer.Option(help="pool video frames 2x2: average, bilinear or max")] = None,
+    anyres: Annotated[bool | None, typer.Option(help="cut a single picture into tiles")] = None,
+    image_aspect: Annotated[str, typer.Option(help="squash or pad")] = "squash",
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the streamed text")] = False,
+) -> None:
+    """Answer a question about pictures and videos; the answer streams as it is made."""
+    options = llava_fast.InputOptions(
+        keep_order=keep_order, num_frames=num_frames, fps=fps, pool=pool, anyres=anyres, image_aspect=image_aspect  # type: ignore[arg-type]
+    )
+    sampling = llava_fast.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+    request = ask(prompt, image or [], video or [], raw)
+    start = time.perf_counter()
+    with notes.status(f"loading {model}"):
+        loaded = llava_fast.load(model, device=device, dtype=dtype)
+    ready = time.perf_counter()
+    if as_json:
+        completion = llava_fast.generate(loaded, request, sampling, options)
+        print(json.dumps({**dataclasses.asdict(completion), "load_seconds": round(ready - start, 3)}))
+        return
+    status = notes.status("reading the pictures")
+    status.start()
+    count, first = 0, 0.0
+    for _, delta, _ in llava_fast.generate(loaded, request, sampling, options, stream=True):
+        if not count:
+            status.stop()
+            first = time.perf_counter() - ready
+        count += 1
+        print(delta, end="", flush=True)
+    status.stop()
+    print()
+    notes.print(f"[dim]loaded in {ready - start:.1f} s, first text after {first:.2f} s, all after {time.perf_counter() - ready:.2f} s[/dim]")
+
+
+def ask(prompt: str, images: list[Path], videos: list[Path], raw: bool = False) -> Any:
+    """The request of a command line: a user's message with pictures at their marks, or in front of a text without marks."""
+    if raw:
+        return llava_fast.Request(prompt, images=[str(p) for p in images], videos=[str(p) for p in videos])
+    if "<image>" not in prompt and "<video>" not in prompt:
+        prompt = "<image>" * len(images) + "<video>" * len(videos) + prompt
+    marks = prompt.count("<image>"), prompt.count("<video>")
+    if marks != (len(images), len(videos)):
+        raise ValueError(
+            f"the prompt has {marks[0]} <image> and {marks[1]} <video> marks but {len(images)} --image and {len(videos)} --video were given"
+        )
+    content: list[dict[str, Any]] = []
+    pictures, films = iter(images), iter(videos)
+    rest = prompt
+    while rest:
+        places = [(at, mark) for mark in ("<image>", "<video>") if (at := rest.find(mark)) >= 0]
+        at, mark = min(places, default=(len(rest), ""))
+        if rest[:at]:
+            content.append({"type": "text", "text": rest[:at]})
+        if mark == "<image>":
+            content.append({"type": "image", "image": str(next(pictures))})
+        elif mark == "<video>":
+            content.append({"type": "video", "video": str(next(films))})
+        rest = rest[at + len(mark) :]
+    return [{"role": "user", "content": content}]
+
+
+@app.command()
+def train(recipe: Annotated[Path, typer.Argument(help="a YAML or TOML file with the fields of TrainConfig")]) -> None:
+    """Train by a recipe; a run that was stopped goes on where it was."""
+    result = llava_fast.train(recipe)
+    notes.print(f"{result.steps} steps, checkpoint in {result.output_dir}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="an original LLaVA or LLaVA-NeXT directory (or any checkpoint that loads)")],
+    target: Annotated[Path, typer.Argument(help="the directory to write")],
+    vision_tower: VisionTower = None,
+    dtype: str = "auto",
+) -> None:
+    """Write a checkpoint as a directory that transformers loads."""
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty")
+    with notes.status(f"reading {source}"):
+        model = llava_fast.load(source, device="cpu", dtype=dtype, vision_tower=vision_tower)  # type: ignore[call-arg]
+    with notes.status(f"writing {target}"):
+        model.save_pretrained(target)
+    notes.print(f"wrote {target}")
+
+
+@app.command()
+def info(
+    path: Annotated[str, typer.Argument(help="a checkpoint directory or hub id")],
+    vision_tower: VisionTower = None,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Architecture, parameters, tokens a picture, KV bytes a token, memory; reads no weights."""
+    from llava_fast.info import describe
+
+    facts = describe(path, vision_tower)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    table = Table(show_header=False, box=None)
+    for name in ("vision", "projector", "decoder", "dtype"):
+        table.add_row(name, facts[name])
+    for part, count in facts["parameters"].items():
+        table.add_row(f"parameters, {part}", f"{count:,}")
+    table.add_row("tokens a picture", str(facts["tokens_per_image"]))
+    table.add_row("context", f"{facts['context']} tokens, {facts['images_per_context']} pictures")
+    table.add_row("KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token, {megabytes(facts['kv_bytes_per_image'])} a picture")
+    table.add_row("memory, weights", megabytes(facts["memory"]["weights"]))
+    table.add_row("memory, weights and a full context", megabytes(facts["memory"]["total"]))
+    table.add_row("the same on the CPU (fp32 keys and values)", megabytes(facts["memory"]["total_on_cpu"]))
+    Console().print(table)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="where checkpoint, pictures and results go")] = Path("runs/demo"),
+    seed: int = 0,
+) -> None:
+    """Train a small interleave model from nothing on generated data, answer held-out questions, compare with transformers."""
+    from llava_fast.demo.run import run
+
+    raise typer.Exit(run(out, seed=seed))
+
+
+def main() -> None:
+    """The console entry: an expected error is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app()
+    except ValueError as error:
+        notes.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        notes.print("stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
