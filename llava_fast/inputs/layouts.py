@@ -29,9 +29,12 @@ DEFAULT_SHAPES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 POOLED = ("average", "bilinear", "max")
 
 
-def view_layout(grid: int, newline: bool = False) -> Visual:
-    """One view: its g * g rows in order, and one newline row after them where asked (the merge 'spatial_unpad' adds it)."""
-    patches = _patches(grid)
+def view_layout(grid: int, newline: bool = False, extra: int = 0) -> Visual:
+    """One view: its g * g rows in order, and one newline row after them where asked (the merge 'spatial_unpad' adds it).
+
+    extra: rows a view has besides its grid, before them: 1 where CLIP's class row is kept.
+    """
+    patches = _patches(grid) + extra
     source = np.arange(patches)
     return Visual(1, patches, np.append(source, NEWLINE) if newline else source)
 

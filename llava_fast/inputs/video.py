@@ -1,0 +1,219 @@
+"""Frames of a video, decoding only what is needed: decord for local files, PyAV where decord is not installed and for all bytes.
+
+Sampling is LLaVA-NeXT's (`process_video_with_decord` in llava/utils.py). Both decoders give the same frames (tests/test_video.py).
+A file is probed with PyAV first: decord prints to stderr on a broken one, and its bundled libavcodec is of 2018.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from llava_fast.inputs.fetch import fetch, is_url
+from llava_fast.inputs.images import file_size, open_image, source_name
+from llava_fast.requests import InputOptions
+
+try:
+    import decord
+except ImportError:  # no wheel for this platform
+    decord = None
+
+DEFAULT_FRAMES = 16  # of the interleave demo
+FOLDER_FPS = 2.0  # LLaVA-NeXT's assumption for folders of frames taken beforehand
+MAX_FRAMES = 1024
+MAX_VIDEO_BYTES = 512 << 20  # of bytes held in memory; a local file is not read whole
+MAX_VIDEO_PIXELS = 1 << 29  # of all frames taken from one video: 1.6 GB of RGB, 64 frames in 4K
+MAX_SECONDS = 12 * 3600
+FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+DECORD_CODECS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "mjpeg", "wmv2", "flv1"}
+
+
+@dataclass(frozen=True)
+class Video:
+    """frames uint8 [F, H, W, 3], RGB; times, seconds from the start, index / average rate; indices in the video."""
+
+    frames: np.ndarray
+    times: list[float]
+    indices: list[int]
+
+
+def frame_indices(
+    total: int, avg_fps: float, num_frames: int | None = None, fps: float | None = None, upbound: int = 0, force: bool = False
+) -> list[int]:
+    """Which frames of `total` are taken.
+
+    num_frames n: linspace(0, total - 1, n), truncated; a video shorter than n gives some frames twice.
+    fps: every round(avg_fps / fps)-th frame (at least every one); with an upbound > 0 that this passes, or with force,
+    linspace(0, total - 1, upbound) instead. Neither: n = 16. Raises ValueError for both, and for values out of range.
+    """
+    if total < 1:
+        raise ValueError(f"a video must have at least one frame, got {total}")
+    if num_frames is not None and fps is not None:
+        raise ValueError(f"give num_frames or fps, not both (got {num_frames} and {fps})")
+    if num_frames is not None and num_frames < 1:
+        raise ValueError(f"num_frames must be >= 1, got {num_frames}")
+    if fps is None:
+        return np.linspace(0, total - 1, num_frames or DEFAULT_FRAMES, dtype=int).tolist()
+    if not fps > 0 or not avg_fps > 0:
+        raise ValueError(f"fps must be > 0, got fps {fps} for a video of {avg_fps} frames per second")
+    indices = list(range(0, total, max(1, round(avg_fps / fps))))
+    if upbound > 0 and (len(indices) > upbound or force):
+        return np.linspace(0, total - 1, upbound, dtype=int).tolist()
+    return indices
+
+
+def load_frames(
+    source: Any,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    upbound: int = 0,
+    force: bool = False,
+    options: InputOptions | None = None,
+) -> Video:
+    """The sampled frames of a video: a path, bytes, an http(s) address of an allowed host, a folder of pictures in the order of
+    their names (taken to be 2 a second), or a list of pictures or uint8 [F, H, W, 3] (all of them, unless num_frames or fps).
+
+    Raises ValueError naming the source: missing, empty, not a video, damaged, or past a cap on frames, pixels, bytes or seconds.
+    """
+    sampling = (num_frames, fps, upbound, force)
+    if isinstance(source, np.ndarray):
+        return _from_array(source, sampling)
+    if isinstance(source, (list, tuple)):
+        return _from_pictures(source, sampling, "a list of frames", options)
+    if is_url(source):
+        source = fetch(source, options.allowed_media_hosts if options else (), MAX_VIDEO_BYTES)
+    name = source_name(source).replace("a picture of", "a video of")
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+        if not data:
+            raise ValueError(f"{name} is empty (0 bytes), expected a video")
+        if len(data) > MAX_VIDEO_BYTES:
+            raise ValueError(f"{name} has {len(data)} bytes, more than the cap of {MAX_VIDEO_BYTES}")
+        return _from_container(io.BytesIO(data), name, sampling)
+    if not isinstance(source, (str, os.PathLike)):
+        raise ValueError(f"a video must be a path, bytes, folder, list of frames or http(s) address, got {name}")
+    path = os.fspath(source)
+    if "\0" not in path and os.path.isdir(path):
+        pictures = [Path(path, file) for file in sorted(os.listdir(path)) if Path(file).suffix.lower() in FRAME_SUFFIXES]
+        if not pictures:
+            raise ValueError(f"{name} is a folder without pictures, expected the frames of a video")
+        return _from_pictures(pictures, sampling if (num_frames, fps) != (None, None) else (DEFAULT_FRAMES, None, 0, False), name, options)
+    if file_size(path, name) == 0:
+        raise ValueError(f"{name} is empty (0 bytes), expected a video")
+    return _from_container(path, name, sampling)
+
+
+Sampling = tuple[int | None, float | None, int, bool]
+
+
+def _choose(total: int, avg_fps: float, sampling: Sampling, size: tuple[int, int], name: str) -> list[int]:
+    indices = frame_indices(total, avg_fps, *sampling)
+    (w, h), count = size, len(indices)
+    if count > MAX_FRAMES:
+        raise ValueError(f"{name} would give {count} frames, more than the cap of {MAX_FRAMES}: ask for fewer with num_frames or fps")
+    if count * w * h > MAX_VIDEO_PIXELS:
+        raise ValueError(f"{name} would give {count} frames of {w}x{h}, more than the cap of {MAX_VIDEO_PIXELS} pixels")
+    return indices
+
+
+def _video(frames: np.ndarray, indices: list[int], avg_fps: float) -> Video:
+    return Video(frames, [index / avg_fps for index in indices], indices)
+
+
+def _from_array(frames: np.ndarray, sampling: Sampling) -> Video:
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise ValueError(f"an array of frames must be uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    sampled = sampling if sampling[:2] != (None, None) else (len(frames), None, 0, False)
+    indices = _choose(len(frames), FOLDER_FPS, sampled, (frames.shape[2], frames.shape[1]), "an array of frames")
+    return _video(frames[indices], indices, FOLDER_FPS)
+
+
+def _from_pictures(pictures: Sequence[Any], sampling: Sampling, name: str, options: InputOptions | None) -> Video:
+    if not pictures:
+        raise ValueError(f"{name} is empty, expected at least one frame")
+    sampled = sampling if sampling[:2] != (None, None) else (len(pictures), None, 0, False)
+    indices = _choose(len(pictures), FOLDER_FPS, sampled, (1, 1), name)
+    opened: dict[int, Image.Image] = {}
+    for index in indices:
+        frame = opened.setdefault(index, open_image(pictures[index], options) if index not in opened else opened[index])
+        first = opened[indices[0]]
+        if frame.size != first.size:
+            raise ValueError(
+                f"{name} has frames of {first.width}x{first.height} and {frame.width}x{frame.height}: give pictures of several "
+                "sizes as images"
+            )
+        if len(indices) * frame.width * frame.height > MAX_VIDEO_PIXELS:
+            raise ValueError(
+                f"{name} would give {len(indices)} frames of {frame.width}x{frame.height}, more than {MAX_VIDEO_PIXELS} pixels"
+            )
+    return _video(np.stack([np.asarray(opened[index]) for index in indices]), indices, FOLDER_FPS)
+
+
+def _from_container(file: str | io.BytesIO, name: str, sampling: Sampling) -> Video:
+    try:
+        with av.open(file, mode="r") as container:
+            if not container.streams.video:
+                raise ValueError(f"{name} has no video stream")
+            stream = container.streams.video[0]
+            rate, size = stream.average_rate, (stream.codec_context.width, stream.codec_context.height)
+            if not rate or min(size) < 1:
+                raise ValueError(f"{name} is not a video that can be read: no frame rate or size")
+            seconds = (container.duration or 0) / av.time_base
+            if seconds > MAX_SECONDS:
+                raise ValueError(f"{name} is {seconds:.0f} s long, more than the cap of {MAX_SECONDS} s")
+            if decord is not None and isinstance(file, str) and stream.codec_context.name in DECORD_CODECS:
+                return _decode_decord(file, name, sampling, size)
+            return _decode_pyav(container, stream, name, sampling, size, float(rate))
+    except av.error.FFmpegError as error:
+        raise ValueError(f"{name} is not a video that can be read: {error.strerror}") from None
+    except (EOFError, IndexError):  # FFmpeg's end of file, and a container whose streams name no codec
+        raise ValueError(f"{name} is damaged or cut short") from None
+
+
+def _decode_decord(path: str, name: str, sampling: Sampling, size: tuple[int, int]) -> Video:
+    try:
+        reader = decord.VideoReader(path, ctx=decord.cpu(0))
+        fps = float(reader.get_avg_fps())
+        indices = _choose(len(reader), fps, sampling, size, name)
+        return _video(reader.get_batch(indices).asnumpy(), indices, fps)
+    except (decord.DECORDError, RuntimeError) as error:
+        raise ValueError(f"{name} is damaged or cut short ({type(error).__name__} of decord)") from None
+
+
+def _decode_pyav(container: Any, stream: Any, name: str, sampling: Sampling, size: tuple[int, int], fps: float) -> Video:
+    """One pass over the packets gives the times of all frames and of the key frames; then each wanted frame is decoded from the
+    last key frame before it, going on from the one before where no key frame lies between."""
+    packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    timed = all(pts is not None for pts, _ in packets)
+    indices = _choose(len(packets), fps, sampling, size, name) if packets else []
+    if not indices:
+        raise ValueError(f"{name} has no frames")
+    times = sorted(pts for pts, _ in packets) if timed else []
+    keys = np.array(sorted(pts for pts, key in packets if key)) if timed else np.empty(0)
+    decoded: dict[int, np.ndarray] = {}
+    container.seek(0)
+    frames = enumerate(container.decode(stream))
+    reached = -1  # time of the last decoded frame, or its number where packets carry no times
+    for index in sorted(set(indices)):
+        target = times[index] if timed else index
+        if timed:
+            before = keys[keys <= target]
+            if len(before) and before[-1] > reached:
+                container.seek(int(before[-1]), stream=stream)
+                frames = enumerate(container.decode(stream))
+        for number, frame in frames:
+            reached = frame.pts if timed else number
+            if reached >= target:
+                decoded[index] = frame.to_ndarray(format="rgb24")
+                break
+        if reached != target:
+            raise ValueError(f"{name} is damaged or cut short: frame {index} of {len(packets)} cannot be decoded")
+    return _video(np.stack([decoded[index] for index in indices]), indices, fps)
