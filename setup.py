@@ -104,4 +104,5 @@ class BuildExtensions(build_ext):
             raise CompileError(f"nvcc could not build {ext.name}: {error}") from error
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtensions})
