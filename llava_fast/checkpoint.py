@@ -293,6 +293,7 @@ def load(
             max_positions=config.decoder.max_positions,
             options=config.options,
             has_newline=config.has_newline,
+            extra_rows=config.patches - config.vision.grid**2,
         )
         model.image_mean, model.image_std = model.input_spec.image_processor.image_mean, model.input_spec.image_processor.image_std
         model.generation_config = read_generation_config(inputs_dir, model.input_spec.tokenizer)
