@@ -35,7 +35,8 @@ class Turn:
 class Record:
     """One checked record: user and assistant turns alternate (after an optional system turn) and every <image> mark has its medium.
 
-    images: paths, in the order of the marks.  video: path of a video, which has one mark.  where: file and id, for messages.
+    images: paths, in the order of the marks.  video: path of a video or a folder of its frames, which has one mark.
+    where: file and id, for messages.
     """
 
     where: str
@@ -166,7 +167,7 @@ def _media(entry: dict, where: str, folder: Path) -> tuple[tuple[str, ...], str 
         raise ValueError(f"{where}: 'video' must be a path, got {video!r}")
     paths = [str(folder / name) for name in [*names, *([] if video is None else [video])]]
     for path in paths:
-        if not Path(path).is_file():
+        if not (Path(path).is_file() or (video is not None and Path(path).is_dir())):
             raise ValueError(f"{where}: no file {path}")
     return (tuple(paths), None) if video is None else ((), paths[0])
 

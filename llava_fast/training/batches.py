@@ -1,0 +1,172 @@
+"""From a data set to steps of packed rows, in an order fixed by the seed, made ahead in the background."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_fast.batch import PackedBatch, Sample, pack
+from llava_fast.inputs.packing import Packing, pack_rows
+from llava_fast.training.config import TrainConfig
+
+T = TypeVar("T")
+
+
+class Dataset(Protocol):
+    """Samples whose sizes are known before they are made. tokens, views: int64 [samples]."""
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+
+    @property
+    def views(self) -> np.ndarray: ...
+
+    def load(self, index: int) -> tuple[Sample, Tensor | None]:
+        """The sample with its labels, and its views uint8 [n, 3, S, S]; ValueError where its media cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the data a run stands: the next row is row `row` of epoch `epoch`."""
+
+    epoch: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step's rows, and where the next step starts."""
+
+    rows: list[PackedBatch]
+    samples: int
+    after: Position
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.num_tokens for row in self.rows)
+
+    @property
+    def labels(self) -> int:
+        return sum(row.labels.shape[0] for row in self.rows)
+
+
+def plan_epoch(data: Dataset, config: TrainConfig, epoch: int) -> Packing:
+    """The rows of one epoch; the same wherever it is computed."""
+    return pack_rows(
+        data.tokens,
+        data.views,
+        config.tokens_per_row,
+        config.views_per_row,
+        window=config.packing_window,
+        seed=config.seed,
+        epoch=epoch,
+        too_long="skip",  # what a row cannot hold was reported or refused when the data set was indexed
+    )
+
+
+def total_steps(data: Dataset, config: TrainConfig) -> int:
+    """Optimiser steps of the whole run; rows flow over the ends of epochs, so only the last step may have fewer rows."""
+    if config.max_steps is not None:
+        return config.max_steps
+    rows = sum(len(plan_epoch(data, config, epoch).rows) for epoch in range(config.epochs))
+    return -(-rows // config.rows_per_step)
+
+
+def make_steps(
+    data: Dataset, config: TrainConfig, start: Position, on_bad: Callable[[str], None] | None = None
+) -> Generator[Step, None, None]:
+    """Steps from `start` to the last epoch (for ever where max_steps is given), media decoded by `config.workers` threads.
+
+    on_bad: called with the message of each sample that cannot be loaded, which is then left out of its row; None: it raises.
+    """
+    with ThreadPoolExecutor(config.workers) as pool:
+        rows = _rows(data, config, start)
+        while taken := list(itertools.islice(rows, config.rows_per_step)):
+            loaded = [[sample for sample in pool.map(_loader(data, on_bad), indices) if sample is not None] for indices, _ in taken]
+            yield Step([_row(samples) for samples in loaded if samples], sum(map(len, loaded)), taken[-1][1])
+
+
+def _rows(data: Dataset, config: TrainConfig, start: Position) -> Iterator[tuple[list[int], Position]]:
+    epoch, first = start.epoch, start.row
+    while config.max_steps is not None or epoch < config.epochs:
+        rows = plan_epoch(data, config, epoch).rows
+        if not rows:
+            return
+        for number in range(first, len(rows)):
+            last = number + 1 == len(rows)
+            yield rows[number], Position(epoch + 1, 0) if last else Position(epoch, number + 1)
+        epoch, first = epoch + 1, 0
+
+
+def _loader(data: Dataset, on_bad: Callable[[str], None] | None) -> Callable[[int], tuple[Sample, Tensor | None] | None]:
+    def load(index: int) -> tuple[Sample, Tensor | None] | None:
+        try:
+            return data.load(index)
+        except ValueError as error:
+            if on_bad is None:
+                raise
+            on_bad(str(error))
+            return None
+
+    return load
+
+
+def _row(samples: Sequence[tuple[Sample, Tensor | None]]) -> PackedBatch:
+    views = [part for _, part in samples if part is not None and part.shape[0]]
+    return pack([sample for sample, _ in samples], torch.cat(views) if views else None, needed="labels")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error: BaseException
+
+
+def ahead(items: Generator[T, None, None], depth: int = 2) -> Generator[T, None, None]:
+    """The same items in the same order, made in a background thread at most `depth` before they are asked for.
+
+    An exception of the source is raised here, after the items before it. Closing the generator stops the thread.
+    """
+    ready: queue.Queue[T | _Failure | None] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item: T | _Failure | None) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        end: _Failure | None = None
+        try:
+            with contextlib.closing(items):
+                for item in items:
+                    if not put(item):
+                        return
+        except BaseException as error:  # raised again in the thread that asks
+            end = _Failure(error)
+        put(end)
+
+    thread = threading.Thread(target=work, name="llava_fast-data", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, _Failure):
+                raise item.error
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

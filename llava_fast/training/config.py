@@ -1,0 +1,185 @@
+"""`TrainConfig`: everything a training run depends on, as plain data.
+
+Defaults are those of LLaVA-NeXT's full fine-tuning (scripts/train/direct_finetune_siglip_a4.sh: lr 1e-5, tower 2e-6, cosine, 3 % warm-up,
+no weight decay, clip 1, one epoch), with transformers' AdamW; those marked "ours" have no counterpart there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+
+from llava_fast.inputs.labels import Template
+from llava_fast.requests import InputOptions
+
+PARTS = ("vision_tower", "projector", "decoder")
+PartLr = float | Literal["lr", "frozen"] | None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-5 as a string (it wants 1.0e-5); everybody who writes a learning rate means the number."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. Raises ValueError for a value out of range.
+
+    model: checkpoint directory or hub id.  data: .json, .jsonl or .yaml mixture files (see inputs/records.py).
+    media_folder: where media paths start; None: beside each data file.  output_dir: checkpoints, metrics.jsonl and, at the end, an
+    HF directory.  template, inputs: how a record becomes tokens and views (inputs/labels.py, requests.InputOptions).
+    on_bad_record: 'error', or 'skip' to leave out records that are broken or longer than a row; each is listed in skipped.txt.
+    epochs: passes over the data; max_steps, where given, decides instead.
+    tokens_per_row, views_per_row: what one packed row holds at most; rows_per_step: rows whose gradients are summed before an
+    optimiser step (the loss is the mean over all their labels, so 2 x 8k tokens is 1 x 16k).
+    lr_*: learning rate of each part; "lr": the same as `lr`; None or "frozen": not trained. The decoder is everything that is
+    neither tower nor projector, embeddings, head and newline row included.  clip: largest gradient norm, None: no clipping.
+    precision: 'fp32'; 'bf16': weights and activations in bf16, master weights, gradient sums and moments in fp32; 'auto': bf16 on a GPU,
+    fp32 on the CPU.
+    save_every: steps between checkpoints, None: only when interrupted; the newest `keep` stay.  resume: go on from the newest one.
+    workers: threads that decode media ahead of the step.
+    """
+
+    model: str
+    data: tuple[str, ...]
+    output_dir: str
+    media_folder: str | None = None
+    template: Template = "hf"  # ours
+    inputs: InputOptions = field(default_factory=InputOptions)
+    on_bad_record: Literal["error", "skip"] = "error"  # ours
+    epochs: int = 1
+    max_steps: int | None = None
+    tokens_per_row: int = 16384  # ours: upstream pads samples of up to 32768
+    views_per_row: int | None = None  # ours
+    rows_per_step: int = 1  # ours
+    packing_window: int = 256  # ours
+    lr: float = 1e-5
+    lr_vision_tower: PartLr = 2e-6
+    lr_projector: PartLr = "lr"
+    lr_decoder: PartLr = "lr"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.03
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    clip: float | None = 1.0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # upstream: bf16
+    seed: int = 42  # transformers' default
+    device: str = "auto"  # ours
+    save_every: int | None = 500
+    keep: int = 2  # ours
+    resume: bool = True
+    log_every: int = 10  # ours
+    progress: bool = True  # ours
+    workers: int = 4  # ours
+
+    def __post_init__(self) -> None:
+        data = (self.data,) if isinstance(self.data, (str, os.PathLike)) else self.data
+        object.__setattr__(self, "data", tuple(os.fspath(path) for path in data))
+        for name in ("model", "output_dir", "media_folder"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                object.__setattr__(self, name, os.fspath(value))
+        for part in PARTS:
+            if getattr(self, f"lr_{part}") == "frozen":  # TOML has no null
+                object.__setattr__(self, f"lr_{part}", None)
+        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.inputs, Mapping):
+            object.__setattr__(self, "inputs", _build(InputOptions, self.inputs, "inputs"))
+        self._check()
+
+    def _check(self) -> None:
+        _require(bool(self.model), "model", self.model, "a checkpoint directory or hub id")
+        _require(bool(self.data), "data", self.data, "at least one file")
+        _require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        for name in ("epochs", "tokens_per_row", "rows_per_step", "packing_window", "keep", "log_every", "workers"):
+            _require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
+        for name in ("max_steps", "views_per_row", "save_every"):
+            _require(getattr(self, name) is None or _whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1 or None")
+        _require(_whole(self.seed, 0), "seed", self.seed, "an integer >= 0")
+        _require(_number(self.lr) and self.lr > 0, "lr", self.lr, "a number > 0")
+        for part in PARTS:
+            value = getattr(self, f"lr_{part}")
+            _require(value in (None, "lr") or (_number(value) and value > 0), f"lr_{part}", value, "a number > 0, 'lr', or 'frozen'")
+        _require(any(self.part_lr(part) is not None for part in PARTS), "lr_vision_tower, lr_projector, lr_decoder", None, "not all frozen")
+        _require(len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        _require(_number(self.eps) and self.eps > 0, "eps", self.eps, "a number > 0")
+        _require(_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
+        _require(_number(self.warmup_ratio) and 0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        _require(self.clip is None or (_number(self.clip) and self.clip > 0), "clip", self.clip, "a number > 0 or None")
+        _require(
+            self.inputs.tokenisation == "hf", "inputs.tokenisation", self.inputs.tokenisation, "left alone: `template` decides in training"
+        )
+        _one_of("template", self.template, get_args(Template))
+        _one_of("on_bad_record", self.on_bad_record, ("error", "skip"))
+        _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+
+    def part_lr(self, part: str) -> float | None:
+        """Peak learning rate of 'vision_tower', 'projector' or 'decoder'; None where it is frozen."""
+        value = getattr(self, f"lr_{part}")
+        return self.lr if value == "lr" else value
+
+
+def as_config(config: TrainConfig | Mapping[str, Any] | str | os.PathLike) -> TrainConfig:
+    """A `TrainConfig` from one, a mapping of its fields, or the path of a .yaml, .yml or .toml file that holds them.
+
+    Raises ValueError for an unknown field (naming the closest), a missing one, or a file that is not readable as such.
+    """
+    if isinstance(config, TrainConfig):
+        return config
+    if isinstance(config, Mapping):
+        return _build(TrainConfig, config, "the training configuration")
+    path = Path(config)
+    if path.suffix not in (".yaml", ".yml", ".toml") or not path.is_file():
+        raise ValueError(f"a training configuration is a .yaml or .toml file, got {path}" + ("" if path.is_file() else " (no such file)"))
+    try:
+        fields = tomllib.loads(path.read_text()) if path.suffix == ".toml" else yaml.load(path.read_text(), _Loader)
+    except (tomllib.TOMLDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} must hold the fields of a TrainConfig, got {type(fields).__name__}")
+    return _build(TrainConfig, fields, str(path))
+
+
+def _build(kind: type, fields: Mapping[str, Any], where: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for name in fields:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise ValueError(
+                f"{where} has no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}")
+            )
+    required = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [name for name in required if name not in fields]
+    if missing:
+        raise ValueError(f"{where} lacks {', '.join(missing)}")
+    return kind(**fields)
+
+
+def _whole(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    _require(value in allowed, name, value, " or ".join(allowed))
