@@ -85,14 +85,14 @@ def record(name: str, measurements: Sequence[Mapping[str, Any]], settings: Mappi
 
 
 def write(
-    name: str, measurements: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], limits: Limits, folder: Path = RESULTS
+    name: str, measurements: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], limits: Limits, folder: Path | None = None
 ) -> Path:
-    """Write one result file and return its path."""
+    """Write one result file under `folder` (default RESULTS) and return its path."""
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"a result's name is lower-case letters, digits and underscores, got {name!r}")
     result = record(name, measurements, settings, limits)
     device = re.sub(r"[^a-z0-9]+", "-", result["device"]["name"].lower()).strip("-")
-    path = folder / device / f"{result['date'][:10]}-{result['commit'] or 'nogit'}-{name}.json"
+    path = (folder or RESULTS) / device / f"{result['date'][:10]}-{result['commit'] or 'nogit'}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path

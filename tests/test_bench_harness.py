@@ -1,0 +1,160 @@
+"""The benchmark harness: limits, timing in turns, peak memory, and the result files."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench import limits, memory, paired, results
+
+ROOT = Path(__file__).parent.parent
+MIB = 1 << 20
+
+
+@pytest.fixture
+def small_probe(monkeypatch: pytest.MonkeyPatch) -> limits.Limits:
+    monkeypatch.setattr(limits, "CPU_BYTES", 1 << 22)
+    monkeypatch.setattr(limits, "CPU_GEMM", 128)
+    return limits.probe()
+
+
+def test_limits_are_in_the_units_they_claim(small_probe: limits.Limits) -> None:
+    """Within what any machine of the last ten years can do: a factor of 1000 in a unit shows."""
+    assert small_probe.device == "cpu" and small_probe.threads == torch.get_num_threads()
+    assert 0.5 < small_probe.read_gbs < 20000 and 0.5 < small_probe.copy_gbs < 20000
+    assert 0.5 < small_probe.gemm_fp32_gflops < 100000 and small_probe.gemm_bf16_gflops > 0.1
+    assert small_probe.fma_fp32_gflops is not None and 1 < small_probe.fma_fp32_gflops < 100000
+    assert f"{small_probe.copy_gbs:.1f} GB/s" in limits.describe(small_probe)
+
+
+def test_ratio_is_taken_pair_by_pair() -> None:
+    """A machine that halves its speed in the middle changes both times and no ratio."""
+    pairs = paired.Paired(ours=(1e-3, 1e-3, 1e-3, 2e-3, 2e-3), baseline=(3e-3, 3e-3, 3e-3, 6e-3, 6e-3))
+    assert pairs.ratios == pytest.approx([3] * 5)
+    expected = {"ours_ms": 1, "baseline_ms": 3, "ratio": 3, "ratio_low": 3, "ratio_high": 3, "rounds": 5}
+    assert pairs.summary() == pytest.approx(expected)
+    spread = paired.Paired(ours=(1.0,) * 5, baseline=(1.0, 2.0, 3.0, 4.0, 5.0)).summary()
+    assert (spread["ratio_low"], spread["ratio"], spread["ratio_high"]) == (2, 3, 4)
+
+
+@pytest.mark.parametrize(("budget", "expected"), [(0.0, 5), (1e9, 100)])
+def test_rounds_are_bounded(budget: float, expected: int) -> None:
+    calls: list[str] = []
+    assert paired.rounds_for(lambda: calls.append("a"), lambda: calls.append("b"), budget, "cpu") == expected
+    assert calls == ["a", "b"] * 2
+
+
+def test_paired_fixture_in_a_run(tmp_path: Path) -> None:
+    """Turns, ratio, share of the limit, extra_info and the recorded file, from a real `pytest --benchmark-only`."""
+    (tmp_path / "bench_order.py").write_text(
+        """
+import time
+calls = []
+def spend(name, seconds):
+    calls.append(name)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+def test_order(paired, benchmark):
+    pairs = paired(lambda: spend("a", 0.002), lambda: spend("b", 0.006), bytes_moved=2e6)
+    assert len(pairs.ours) == len(pairs.baseline) == 5
+    assert calls == ["a", "b"] * 2 + ["b", "a"] * 5  # warm-up, calibration, then turns
+    assert benchmark.extra_info["ratio"] == sorted(pairs.ratios)[2]
+"""
+    )
+    script = f"""
+import sys, pytest, bench.limits, bench.results, pathlib
+bench.limits.CPU_BYTES, bench.limits.CPU_GEMM = 1 << 22, 128
+bench.results.RESULTS = pathlib.Path({str(tmp_path)!r}) / "results"
+arguments = ["--benchmark-only", "-p", "bench.conftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", "/dev/null"]
+sys.exit(pytest.main([*arguments, "--seconds", "0.01", "--record", "order", {str(tmp_path / "bench_order.py")!r}]))
+"""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=clean, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "limits of this cpu" in run.stdout and "test_order" in run.stdout
+    (file,) = (tmp_path / "results").rglob("*.json")
+    result = results.load(file)
+    (row,) = result["measurements"]
+    assert result["settings"] == {"seconds": 0.01} and row["rounds"] == 5
+    assert 1.5 < row["ratio"] < 6 and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    assert row["gbs"] == pytest.approx(2e6 / row["ours_ms"] / 1e6)
+    assert row["of_limit"] == pytest.approx(row["gbs"] / result["limits"]["copy_gbs"])
+
+
+def test_result_file_round_trip(tmp_path: Path, small_probe: limits.Limits) -> None:
+    measurements = [{"name": "a", "ours_ms": 1.0}, {"name": "b", "peak_bytes": 5}]
+    path = results.write("first_token", measurements, {"views": 2}, small_probe, tmp_path)
+    result = results.load(path)
+    assert path.name == f"{result['date'][:10]}-{result['commit'] or 'nogit'}-first_token.json" and path.parent.parent == tmp_path
+    assert result["measurements"] == measurements and result["settings"] == {"views": 2}
+    assert result["device"]["kind"] == "cpu" and result["device"]["name"] == results.cpu_name()
+    assert result["versions"]["torch"] == torch.__version__ and result["limits"]["read_gbs"] == small_probe.read_gbs
+    with pytest.raises(ValueError, match="lower-case"):
+        results.write("First token", measurements, {}, small_probe, tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"schema": 2}, {"extra": 1}, {"measurements": [{"ours_ms": 1}]}])
+def test_files_of_another_schema_are_refused(change: dict, tmp_path: Path, small_probe: limits.Limits) -> None:
+    path = results.write("x", [{"name": "a"}], {}, small_probe, tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=str(path.name)):
+        results.load(path)
+
+
+def test_committed_results_follow_the_schema() -> None:
+    for path in results.RESULTS.rglob("*.json"):
+        results.load(path)
+
+
+def test_peak_in_process_sees_memory_that_was_given_back() -> None:
+    before = memory.status()["RssAnon"]
+    with memory.peak_in_process() as peak:
+        block = np.ones(64 * MIB, dtype=np.uint8)
+        time.sleep(4 * memory.INTERVAL)
+        del block
+    assert 60 * MIB < peak.anon - before < 96 * MIB and peak.rss >= peak.anon
+
+
+def test_measured_process(tmp_path: Path) -> None:
+    """200 MiB of anonymous memory and 100 MiB of a mapped file: RSS counts both, RssAnon the first."""
+    (tmp_path / "mapped").write_bytes(bytes(100 * MIB))
+    script = f"""
+import json, mmap, time
+with open({str(tmp_path / "mapped")!r}, "rb") as file:
+    view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    total = sum(view[i] for i in range(0, len(view), 4096))
+block = bytearray(b"1") * {200 * MIB}
+time.sleep(0.1)
+print("a line before")
+print(json.dumps(dict(first_token_s=0.25, total=total)))
+"""
+    ballast = np.ones(400 * MIB, dtype=np.uint8)  # a large parent must not count as the child's
+    measured = memory.run_measured(["-c", script])
+    assert measured.report == {"first_token_s": 0.25, "total": 0} and measured.seconds > 0.1
+    assert 200 * MIB < measured.anon < 230 * MIB
+    assert measured.anon + 95 * MIB < measured.rss < 340 * MIB
+    assert ballast[0] == 1
+
+
+def test_failed_process_shows_its_error() -> None:
+    with pytest.raises(RuntimeError, match="ended with 3"):
+        memory.run_measured(["-c", "import sys; sys.exit(3)"])
+    with pytest.raises(RuntimeError, match="ended with -9"):
+        memory.run_measured(["-c", "while True: pass"], timeout=0.2)
+
+
+def test_processes_run_in_turns(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    commands = {name: ["-c", f"open({str(log)!r}, 'a').write('{name}'); print('{{\"value\": {i}}}')"] for i, name in enumerate("ab")}
+    runs = memory.run_in_turns(commands, rounds=3)
+    assert log.read_text() == "ababab"
+    assert memory.median_of(runs["b"], "value") == 1 and memory.median_of(runs["a"], "seconds") > 0
