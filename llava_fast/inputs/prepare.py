@@ -31,7 +31,8 @@ class InputSpec:
     grid, tile: patches and pixels along one side of a view.  max_positions: the context.  has_newline: the model has a learned
     newline row.  extra_rows: feature rows a view has besides its grid (1 where CLIP's class row is kept).
     anyres: single pictures are cut into tiles by default, merged by `merge`, with max_tiles for anyres_max_N.
-    pool, pool_stride: of videos; newline: of pooled ones.  All default to what transformers' Llava does: one view a picture or frame, no more.
+    pool, pool_stride: of videos; newline: of pooled ones.
+    All default to what transformers' Llava does: one view a picture or frame, no more.
     """
 
     tokenizer: Any

@@ -1,7 +1,8 @@
 """Frames of a video, decoding only what is needed: decord for local files, PyAV where decord is not installed and for all bytes.
 
-Sampling is LLaVA-NeXT's (`process_video_with_decord` in llava/utils.py). Both decoders give the same frames (tests/test_video.py).
-A file is probed with PyAV first: decord prints to stderr on a broken one, and its bundled libavcodec is of 2018.
+Sampling is LLaVA-NeXT's (`process_video_with_decord` in llava/utils.py). A file's packets are read with PyAV first: decord prints
+to stderr on a broken file and gives wrong frames of some sound ones, which then go to PyAV (tests/test_video.py compares both with a
+full decode).
 """
 
 from __future__ import annotations
@@ -33,7 +34,10 @@ MAX_VIDEO_BYTES = 512 << 20  # of bytes held in memory; a local file is not read
 MAX_VIDEO_PIXELS = 1 << 29  # of all frames taken from one video: 1.6 GB of RGB, 64 frames in 4K
 MAX_SECONDS = 12 * 3600
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-DECORD_CODECS = {"h264", "hevc", "mpeg4", "mpeg1video", "mpeg2video", "vp8", "vp9", "mjpeg", "wmv2", "flv1"}
+# Where decord was seen to give the frames of a full decode. Elsewhere it gives others, without a word: in MPEG-TS, where a group
+# of pictures is open (frames shown before the key frame they are decoded after), and for MPEG-4 part 2 (off by one level).
+DECORD_CODECS = {"h264", "vp8", "vp9"}
+DECORD_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 
 
 @dataclass(frozen=True)
@@ -157,63 +161,102 @@ def _from_pictures(pictures: Sequence[Any], sampling: Sampling, name: str, optio
     return _video(np.stack([np.asarray(opened[index]) for index in indices]), indices, FOLDER_FPS)
 
 
+@dataclass(frozen=True)
+class Index:
+    """A scan of a video's packets: total frames; times, of all frames in order, and keys, of the key frames (None where packets
+    carry no times); closed, whether no frame is shown before a key frame that it is decoded after."""
+
+    total: int
+    times: list[int] | None
+    keys: np.ndarray
+    closed: bool
+
+
+def _scan(container: Any, stream: Any) -> Index:
+    packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size and not packet.is_discard]
+    if any(pts is None for pts, _ in packets):
+        return Index(len(packets), None, np.empty(0), False)
+    last_key, closed = -np.inf, True
+    for pts, is_key in packets:
+        closed = closed and pts >= last_key
+        last_key = pts if is_key else last_key
+    return Index(len(packets), sorted(pts for pts, _ in packets), np.array(sorted(pts for pts, key in packets if key)), closed)
+
+
 def _from_container(file: str | io.BytesIO, name: str, sampling: Sampling) -> Video:
     try:
         with av.open(file, mode="r") as container:
             if not container.streams.video:
                 raise ValueError(f"{name} has no video stream")
             stream = container.streams.video[0]
-            rate, size = stream.average_rate, (stream.codec_context.width, stream.codec_context.height)
-            if not rate or min(size) < 1:
+            codec, rate = stream.codec_context, stream.average_rate
+            if not rate or codec.width < 1 or codec.height < 1:
                 raise ValueError(f"{name} is not a video that can be read: no frame rate or size")
             seconds = (container.duration or 0) / av.time_base
             if seconds > MAX_SECONDS:
                 raise ValueError(f"{name} is {seconds:.0f} s long, more than the cap of {MAX_SECONDS} s")
-            if decord is not None and isinstance(file, str) and stream.codec_context.name in DECORD_CODECS:
-                return _decode_decord(file, name, sampling, size)
-            return _decode_pyav(container, stream, name, sampling, size, float(rate))
+            index = _scan(container, stream)
+            if index.total == 0:
+                raise ValueError(f"{name} has no frames")
+            indices = _choose(index.total, float(rate), sampling, (codec.width, codec.height), name)
+            trusted = index.closed and codec.name in DECORD_CODECS and container.format.name in DECORD_FORMATS
+            if decord is not None and isinstance(file, str) and trusted:
+                frames = _decode_decord(file, name, indices, index.total)
+            else:
+                decoded = _decode_by_seeking(container, stream, indices, index) or _decode_in_order(file, indices)
+                if len(decoded) < len(set(indices)):
+                    raise ValueError(f"{name} is damaged or cut short: frame {max(indices)} of {index.total} cannot be decoded")
+                frames = np.stack([decoded[i] for i in indices])
+            return _video(frames, indices, float(rate))
     except av.error.FFmpegError as error:
         raise ValueError(f"{name} is not a video that can be read: {error.strerror}") from None
-    except (EOFError, IndexError):  # FFmpeg's end of file, and a container whose streams name no codec
-        raise ValueError(f"{name} is damaged or cut short") from None
 
 
-def _decode_decord(path: str, name: str, sampling: Sampling, size: tuple[int, int]) -> Video:
+def _decode_decord(path: str, name: str, indices: list[int], total: int) -> np.ndarray:
     try:
         reader = decord.VideoReader(path, ctx=decord.cpu(0))
-        fps = float(reader.get_avg_fps())
-        indices = _choose(len(reader), fps, sampling, size, name)
-        return _video(reader.get_batch(indices).asnumpy(), indices, fps)
+        if len(reader) != total:
+            raise ValueError(f"{name} is damaged: it has {total} frames by one count and {len(reader)} by another")
+        return reader.get_batch(indices).asnumpy()
     except (decord.DECORDError, RuntimeError) as error:
         raise ValueError(f"{name} is damaged or cut short ({type(error).__name__} of decord)") from None
 
 
-def _decode_pyav(container: Any, stream: Any, name: str, sampling: Sampling, size: tuple[int, int], fps: float) -> Video:
-    """One pass over the packets gives the times of all frames and of the key frames; then each wanted frame is decoded from the
-    last key frame before it, going on from the one before where no key frame lies between."""
-    packets = [(packet.pts, packet.is_keyframe) for packet in container.demux(stream) if packet.size and not packet.is_discard]
-    timed = all(pts is not None for pts, _ in packets)
-    indices = _choose(len(packets), fps, sampling, size, name) if packets else []
-    if not indices:
-        raise ValueError(f"{name} has no frames")
-    times = sorted(pts for pts, _ in packets) if timed else []
-    keys = np.array(sorted(pts for pts, key in packets if key)) if timed else np.empty(0)
+def _decode_by_seeking(container: Any, stream: Any, indices: list[int], index: Index) -> dict[int, np.ndarray]:
+    """Each wanted frame from the last key frame before it, going on from the frame before where no key frame lies between.
+
+    Empty where a frame is not found by its time: packets without times, or a container whose seeking is not exact (MPEG-TS).
+    """
     decoded: dict[int, np.ndarray] = {}
-    container.seek(0)
-    frames = enumerate(container.decode(stream))
-    reached = -1  # time of the last decoded frame, or its number where packets carry no times
-    for index in sorted(set(indices)):
-        target = times[index] if timed else index
-        if timed:
-            before = keys[keys <= target]
-            if len(before) and before[-1] > reached:
-                container.seek(int(before[-1]), stream=stream)
-                frames = enumerate(container.decode(stream))
-        for number, frame in frames:
-            reached = frame.pts if timed else number
-            if reached >= target:
-                decoded[index] = frame.to_ndarray(format="rgb24")
+    if index.times is None:
+        return decoded
+    frames: Any = None
+    reached: float = -np.inf
+    for wanted in sorted(set(indices)):
+        target = index.times[wanted]
+        before = index.keys[index.keys <= target]
+        if not len(before):
+            return {}
+        if frames is None or before[-1] > reached:
+            container.seek(int(before[-1]), stream=stream)
+            frames = container.decode(stream)
+        frame = next((frame for frame in frames if frame.pts is not None and frame.pts >= target), None)
+        if frame is None or frame.pts != target:
+            return {}
+        reached = target
+        decoded[wanted] = frame.to_ndarray(format="rgb24")
+    return decoded
+
+
+def _decode_in_order(file: str | io.BytesIO, indices: list[int]) -> dict[int, np.ndarray]:
+    wanted, last = set(indices), max(indices)
+    decoded: dict[int, np.ndarray] = {}
+    if isinstance(file, io.BytesIO):
+        file.seek(0)
+    with av.open(file, mode="r") as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number in wanted:
+                decoded[number] = frame.to_ndarray(format="rgb24")
+            if number == last:
                 break
-        if reached != target:
-            raise ValueError(f"{name} is damaged or cut short: frame {index} of {len(packets)} cannot be decoded")
-    return _video(np.stack([decoded[index] for index in indices]), indices, fps)
+    return decoded
