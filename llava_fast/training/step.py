@@ -128,7 +128,8 @@ def train_step(
     loss = torch.zeros((), device=device)
     for row in rows:
         row_loss = model.loss(row.to(device), reduction="sum") / labels
-        row_loss.backward()
+        if row_loss.requires_grad:  # not where the decoder is frozen and the row has no picture
+            row_loss.backward()
         loss += row_loss.detach()
     with_gradient = [master for master in trained.masters.values() if master.grad is not None]
     norm = torch.nn.utils.get_total_norm([master.grad for master in with_gradient if master.grad is not None])
