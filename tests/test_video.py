@@ -153,6 +153,7 @@ OPEN = {"x264-params": "open-gop=1:bframes=3"}
     ("codec", "container", "options", "trusted"),
     [
         ("libx264", "mp4", {}, True), ("libx264", "mov", {}, True), ("libx264", "matroska", {}, True), ("libvpx-vp9", "webm", {}, True),
+        ("libx265", "mp4", {"x265-params": "open-gop=0:log-level=none"}, True), ("libvpx", "webm", {}, True),
         ("libx264", "mp4", OPEN, False), ("libx264", "matroska", OPEN, False), ("libx264", "mpegts", {}, False),
         ("mpeg4", "avi", {}, False), ("mpeg4", "mp4", {}, False),
     ],

@@ -36,7 +36,7 @@ MAX_SECONDS = 12 * 3600
 FRAME_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 # Where decord was seen to give the frames of a full decode. Elsewhere it gives others, without a word: in MPEG-TS, where a group
 # of pictures is open (frames shown before the key frame they are decoded after), and for MPEG-4 part 2 (off by one level).
-DECORD_CODECS = {"h264", "vp8", "vp9"}
+DECORD_CODECS = {"h264", "hevc", "vp8", "vp9"}
 DECORD_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 
 
