@@ -14,6 +14,7 @@ Templates, with LLaVA-NeXT's sources (llava/train/train.py at df17966 unless sai
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -164,15 +165,7 @@ def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | 
         messages = tuple(chat.Message(turn.role, _parts(turn.text)) for turn in shown)
         return chat.render_template(chat.Conversation(messages, ()), [1], tokenizer, template, keep_order)
 
-    answer_end = "\N{END OF TEXT}"
-    probe = (Turn("user", "?"), Turn("assistant", answer_end))
-    generation_prompt = _generation_prompt(tokenizer, template)
-    tail = _encode(tokenizer, render(probe).rpartition(answer_end)[2].removesuffix(generation_prompt))
-    special = set(tokenizer.all_special_ids)
-    supervised = next((number + 1 for number, token in enumerate(tail) if token in special), 0)
-    if not supervised:  # LLaVA-1.5's template ends an answer with a space, but generation must learn to stop
-        tail, supervised = [tokenizer.eos_token_id], 1
-
+    generation_prompt, tail, supervised = _answer_frame(tokenizer, template)
     ids: list[int] = []
     labels: list[int] = []
     done = ""
@@ -181,7 +174,7 @@ def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | 
             answer = _encode(tokenizer, turn.text)
             ids += answer + tail
             labels += answer + tail[:supervised] + [IGNORE] * (len(tail) - supervised)
-            done = render(turns[:number]).removesuffix(generation_prompt)
+            done = render(turns[:number]).removesuffix(generation_prompt) if number < len(turns) else ""
         elif turn.role == "user":
             text = render(turns[:number])
             if not text.startswith(done):
@@ -193,15 +186,21 @@ def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | 
     return Labelled(ids, labels)
 
 
-def _generation_prompt(tokenizer: Any, template: str) -> str:
-    """What a chat template writes to ask for an answer."""
-    content = [{"type": "text", "text": "?"}] if "type" in template else "?"
-    messages = [{"role": "user", "content": content}]
-    without, asking = (
-        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
-        for prompt in (False, True)
+@functools.lru_cache(maxsize=4)
+def _answer_frame(tokenizer: Any, template: str) -> tuple[str, list[int], int]:
+    """What a chat template writes to ask for an answer; the ids after an answer; how many of those are supervised."""
+    content: list[Any] = [[{"type": "text", "text": text}] if "type" in template else text for text in ("?", "\N{END OF TEXT}")]
+    messages = [{"role": "user", "content": content[0]}, {"role": "assistant", "content": content[1]}]
+    without, asking, answered = (
+        tokenizer.apply_chat_template(shown, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+        for shown, prompt in ((messages[:1], False), (messages[:1], True), (messages, False))
     )
-    return asking.removeprefix(without)
+    tail = _encode(tokenizer, answered.rpartition("\N{END OF TEXT}")[2])
+    special = set(tokenizer.all_special_ids)
+    supervised = next((number + 1 for number, token in enumerate(tail) if token in special), 0)
+    if not supervised:  # LLaVA-1.5's template ends an answer with a space, but generation must learn to stop
+        tail, supervised = [tokenizer.eos_token_id], 1
+    return asking.removeprefix(without), tail, supervised
 
 
 def _parts(text: str) -> tuple[str | int, ...]:
