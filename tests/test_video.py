@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import av
@@ -185,6 +186,21 @@ def clips(tmp_path_factory):
         return made[key]
 
     return clip_of
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((0, 1, -1, 0), 3), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+@pytest.mark.parametrize("decoder", ["decord", "pyav", "bytes"])
+def test_a_telephones_video_is_turned_upright(matrix, turns, decoder, clip, tmp_path, monkeypatch):
+    if decoder == "pyav":
+        monkeypatch.setattr(video, "decord", None)
+    data = bytearray(clip.read_bytes())
+    at = data.index(b"tkhd") + 44  # the display matrix of the track header: a b 0 / c d 0 / 0 0 1
+    a, b, c, d = (value << 16 for value in matrix)
+    data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path = tmp_path / "turned.mp4"
+    path.write_bytes(data)
+    want = [np.rot90(frame, turns) for frame in decode_all(str(clip))]
+    check(load_frames(bytes(data) if decoder == "bytes" else path, num_frames=3), want, [0, 24, 49], 25.0)
 
 
 def test_pyav_does_not_decode_from_the_start(clip):

@@ -244,8 +244,13 @@ def _decode_by_seeking(container: Any, stream: Any, indices: list[int], index: I
         if frame is None or frame.pts != target:
             return {}
         reached = target
-        decoded[wanted] = frame.to_ndarray(format="rgb24")
+        decoded[wanted] = _upright(frame)
     return decoded
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """RGB pixels, turned as the file says: decord does so by itself, PyAV only tells the degrees, counter-clockwise."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
 
 
 def _decode_in_order(file: str | io.BytesIO, indices: list[int]) -> dict[int, np.ndarray]:
@@ -256,7 +261,7 @@ def _decode_in_order(file: str | io.BytesIO, indices: list[int]) -> dict[int, np
     with av.open(file, mode="r") as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number in wanted:
-                decoded[number] = frame.to_ndarray(format="rgb24")
+                decoded[number] = _upright(frame)
             if number == last:
                 break
     return decoded
