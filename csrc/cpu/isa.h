@@ -19,4 +19,16 @@ std::string isa_name(Isa isa);
 // Switch for the whole process; throws std::invalid_argument for a name that is unknown or that the machine lacks.
 void set_isa(const std::string& name);
 
+template <typename F>
+F choose(F portable, F avx2, F avx512) {
+    return current_isa() == Isa::avx512 ? avx512 : current_isa() == Isa::avx2 ? avx2 : portable;
+}
+
 }  // namespace llava_fast
+
+// The function among name_portable, name_avx2 and name_avx512 for the instruction set in use.
+#if defined(__x86_64__)
+#define LLAVA_FAST_CHOOSE(name) choose(name##_portable, name##_avx2, name##_avx512)
+#else
+#define LLAVA_FAST_CHOOSE(name) name##_portable
+#endif

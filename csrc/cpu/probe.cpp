@@ -7,20 +7,9 @@
 
 namespace llava_fast {
 
-namespace {
-
-int run(int64_t rounds, float* out) {
-#if defined(__x86_64__)
-    if (current_isa() == Isa::avx512) return fma_rounds_avx512(rounds, out);
-    if (current_isa() == Isa::avx2) return fma_rounds_avx2(rounds, out);
-#endif
-    return fma_rounds_portable(rounds, out);
-}
-
-}  // namespace
-
 double fma_rate(int threads) {
     constexpr int64_t kRounds = 2000000;
+    const auto run = LLAVA_FAST_CHOOSE(fma_rounds);
     float total = 0;
     double operations = 0;
     double seconds = 0;

@@ -83,22 +83,21 @@ void check_source(const int64_t* source, int64_t cells, int64_t rows) {
     }
 }
 
-using Kernel = void (*)(const PoolTask&);
-
-Kernel choose(Kernel portable, [[maybe_unused]] Kernel avx2, [[maybe_unused]] Kernel avx512) {
-    switch (current_isa()) {
-        case Isa::avx512:
-            return avx512;
-        case Isa::avx2:
-            return avx2;
-        default:
-            return portable;
-    }
-}
-
 // Waking threads costs some 10 us, the time one core takes for about this many values.
 int useful_threads(int64_t values, int threads) {
     return static_cast<int>(std::clamp<int64_t>(values / 32768, 1, std::max(threads, 1)));
+}
+
+PoolTask make_task(DType dtype, PoolMode mode, const PoolShape& shape, const AxisTables& y, const AxisTables& x, int threads) {
+    PoolTask task{};
+    task.dtype = dtype;
+    task.mode = mode;
+    task.shape = shape;
+    task.y = y.view();
+    task.x = x.view();
+    task.divisor = mode == PoolMode::average ? static_cast<double>(y.taps * x.taps) : 1.0;
+    task.threads = useful_threads(std::max(shape.K * shape.H * shape.W, shape.M) * shape.D, threads);
+    return task;
 }
 
 }  // namespace
@@ -106,24 +105,12 @@ int useful_threads(int64_t values, int threads) {
 void spatial_pool_forward(DType dtype, PoolMode mode, const PoolShape& s, const void* table, const int64_t* source, void* out,
                           int threads) {
     check_source(source, s.K * s.H * s.W, s.M);
-    if (s.K == 0 || s.D == 0) return;
     const AxisTables y = make_axis(mode, s.H, s.out_H), x = make_axis(mode, s.W, s.out_W);
-    PoolTask task{};
-    task.dtype = dtype;
-    task.mode = mode;
-    task.shape = s;
-    task.y = y.view();
-    task.x = x.view();
-    task.divisor = mode == PoolMode::average ? static_cast<double>(y.taps * x.taps) : 1.0;
+    PoolTask task = make_task(dtype, mode, s, y, x, threads);
     task.source = source;
     task.table = table;
     task.out = out;
-    task.threads = useful_threads(s.K * s.H * s.W * s.D, threads);
-#if defined(__x86_64__)
-    choose(spatial_pool_forward_portable, spatial_pool_forward_avx2, spatial_pool_forward_avx512)(task);
-#else
-    spatial_pool_forward_portable(task);
-#endif
+    LLAVA_FAST_CHOOSE(spatial_pool_forward)(task);
 }
 
 void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const void* grad, const void* table, const int64_t* source,
@@ -137,13 +124,7 @@ void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const
     std::vector<int64_t> next(reader_start.begin(), reader_start.end() - 1);
     for (int64_t i = 0; i < cells; ++i) reader_cell[next[source[i]]++] = i;
     std::vector<int32_t> argmax(mode == PoolMode::max ? s.K * s.out_H * s.out_W * s.D : 0);
-    PoolTask task{};
-    task.dtype = dtype;
-    task.mode = mode;
-    task.shape = s;
-    task.y = y.view();
-    task.x = x.view();
-    task.divisor = mode == PoolMode::average ? static_cast<double>(y.taps * x.taps) : 1.0;
+    PoolTask task = make_task(dtype, mode, s, y, x, threads);
     task.source = source;
     task.table = table;
     task.grad = grad;
@@ -151,12 +132,7 @@ void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const
     task.reader_start = reader_start.data();
     task.reader_cell = reader_cell.data();
     task.argmax = argmax.data();
-    task.threads = useful_threads(std::max(cells, s.M) * s.D, threads);
-#if defined(__x86_64__)
-    choose(spatial_pool_backward_portable, spatial_pool_backward_avx2, spatial_pool_backward_avx512)(task);
-#else
-    spatial_pool_backward_portable(task);
-#endif
+    LLAVA_FAST_CHOOSE(spatial_pool_backward)(task);
 }
 
 }  // namespace llava_fast
