@@ -85,6 +85,17 @@ def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.Fixt
     return run
 
 
+@pytest.fixture
+def record_row(limits: Callable[[str], Limits], request: pytest.FixtureRequest) -> Callable[[dict[str, Any]], None]:
+    """record_row(row) keeps a measurement that was not timed by `paired`: it has a name, a device, and ours_/baseline_/ratio_ keys."""
+
+    def keep(row: dict[str, Any]) -> None:
+        limits(row["device"])
+        request.config.stash[_rows].append(row)
+
+    return keep
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     rows, known = config.stash[_rows], config.stash[_limits]
     if not rows:
@@ -92,9 +103,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("in turns with the baseline")
     for limits in known.values():
         terminalreporter.write_line(describe(limits))
-    width = max(len(row["name"]) for row in rows)
-    terminalreporter.write_line(f"{'':{width}} {'ours ms':>9} {'rate':>13} {'of limit':>9} {'baseline ms':>12}  ratio [quartiles]")
     for row in rows:
+        if "ours_ms" not in row:
+            terminalreporter.write_line(f"{row['name']}, {row['rounds']} rounds")
+            for key in [k.removeprefix("ratio_") for k in row if k.startswith("ratio_")]:
+                terminalreporter.write_line(
+                    f"  {key:14} ours {row['ours_' + key]:>16,.2f}  baseline {row['baseline_' + key]:>16,.2f}  ratio {row['ratio_' + key]:.2f}"
+                )
+    timed = [row for row in rows if "ours_ms" in row]
+    width = max((len(row["name"]) for row in timed), default=0)
+    if timed:
+        terminalreporter.write_line(f"{'':{width}} {'ours ms':>9} {'rate':>13} {'of limit':>9} {'baseline ms':>12}  ratio [quartiles]")
+    for row in timed:
         rate = f"{row['gbs']:.1f} GB/s" if "gbs" in row else f"{row['gflops']:,.0f} GFLOP/s" if "gflops" in row else ""
         share = f"{row['of_limit']:.0%}" if "of_limit" in row else ""
         spread = f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] of {row['rounds']}"
