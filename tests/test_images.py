@@ -248,9 +248,10 @@ def test_all_sources_give_the_same_picture(photograph):
     kind = "jpeg" if photograph.suffix == ".jpg" else "png"
     url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     want = np.array(open_image(photograph))
-    for source in (str(photograph), data, bytearray(data), memoryview(data), url, Image.open(photograph)):
-        image = open_image(source)
-        assert image.mode == "RGB" and np.array_equal(np.array(image), want)
+    with Image.open(photograph) as lazy:
+        for source in (str(photograph), data, bytearray(data), memoryview(data), url, lazy):
+            image = open_image(source)
+            assert image.mode == "RGB" and np.array_equal(np.array(image), want)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -262,7 +263,8 @@ def test_exif_rotation_is_applied(orientation):
     got = np.array(open_image(data))
     want = np.array(load_image("data:image/png;base64," + base64.b64encode(data).decode()))
     assert np.array_equal(got, want) and (got.shape[:2] == ((6, 4) if orientation > 4 else (4, 6)))
-    assert np.array_equal(np.array(open_image(Image.open(io.BytesIO(data)))), want)
+    with Image.open(io.BytesIO(data)) as lazy:
+        assert np.array_equal(np.array(open_image(lazy)), want)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "RGBX"])
