@@ -157,6 +157,18 @@ def test_bad_media_and_long_records_are_named_or_left_out(checkpoints, folder, t
     assert (tmp_path / "c" / "skipped.txt").read_text().splitlines() == result.skipped
 
 
+def test_samples_kept_in_memory_are_those_of_the_files_and_fit_the_budget(checkpoints, four, tmp_path):
+    model = lf.load(checkpoints["qwen"])
+    indexed = index_records(as_config(fields("m", four, tmp_path)), model.input_spec)
+    first = [indexed.load(i) for i in range(4)]
+    assert sorted(indexed.kept) == [0, 1, 2, 3]
+    assert all(indexed.load(i)[0] is first[i][0] for i in range(4))
+    nothing = index_records(as_config(fields("m", four, tmp_path, cache_mb=0)), model.input_spec)
+    for i in range(4):
+        np.testing.assert_array_equal(nothing.load(i)[0].token_ids, first[i][0].token_ids)
+    assert not nothing.kept
+
+
 # --- the reference ---
 
 

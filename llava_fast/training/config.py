@@ -48,7 +48,8 @@ class TrainConfig:
     precision: 'fp32'; 'bf16': weights and activations in bf16, master weights, gradient sums and moments in fp32; 'auto': bf16 on a GPU,
     fp32 on the CPU.
     save_every: steps between checkpoints, None: only when interrupted; the newest `keep` stay.  resume: go on from the newest one.
-    workers: threads that decode media ahead of the step.
+    workers: threads that decode media ahead of the step.  cache_mb: memory for decoded samples, which later epochs then need not
+    read again.
     """
 
     model: str
@@ -83,6 +84,7 @@ class TrainConfig:
     log_every: int = 10  # ours
     progress: bool = True  # ours
     workers: int = 4  # ours
+    cache_mb: int = 1024  # ours
 
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, (str, os.PathLike)) else self.data
@@ -107,7 +109,8 @@ class TrainConfig:
             _require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
         for name in ("max_steps", "views_per_row", "save_every"):
             _require(getattr(self, name) is None or _whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1 or None")
-        _require(_whole(self.seed, 0), "seed", self.seed, "an integer >= 0")
+        for name in ("seed", "cache_mb"):
+            _require(_whole(getattr(self, name), 0), name, getattr(self, name), "an integer >= 0")
         _require(_number(self.lr) and self.lr > 0, "lr", self.lr, "a number > 0")
         for part in PARTS:
             value = getattr(self, f"lr_{part}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import av
@@ -19,19 +20,40 @@ from llava_fast.inputs.video import DEFAULT_FRAMES, FOLDER_FPS, FRAME_SUFFIXES, 
 from llava_fast.requests import InputOptions, Request
 from llava_fast.training.config import TrainConfig
 
+Loaded = tuple[Sample, Tensor | None]
 
-@dataclass(frozen=True)
+
+@dataclass
 class RecordData:
-    """Checked records of known size: a `batches.Dataset`. tokens, views: int64 [records], what each adds to a row."""
+    """Checked records of known size: a `batches.Dataset`. tokens, views: int64 [records], what each adds to a row.
+
+    kept: samples in memory for later epochs, as many as config.cache_mb has room for.
+    """
 
     records: Sequence[Record]
     tokens: np.ndarray
     views: np.ndarray
     config: TrainConfig
     spec: InputSpec
+    kept: dict[int, Loaded] = field(default_factory=dict)
 
-    def load(self, index: int) -> tuple[Sample, Tensor | None]:
+    def __post_init__(self) -> None:
+        self._room = self.config.cache_mb * 2**20
+        self._lock = threading.Lock()
+
+    def load(self, index: int) -> Loaded:
         """The labelled sample and its uint8 views; ValueError naming the record where its media cannot be read."""
+        if index in self.kept:
+            return self.kept[index]
+        sample, views = self._make(index)
+        size = 2 * sample.token_ids.nbytes + sum(visual.source.nbytes for visual in sample.visuals) + (0 if views is None else views.nbytes)
+        with self._lock:
+            if size <= self._room:
+                self.kept[index] = sample, views
+                self._room -= size
+        return sample, views
+
+    def _make(self, index: int) -> Loaded:
         record, options = self.records[index], dataclasses.replace(self.config.inputs, tokenisation="hf")
         views: Tensor | None = None
         visuals: tuple[Visual, ...] = ()

@@ -26,7 +26,20 @@ from llava_fast.training.report import Report, StepMetrics
 from llava_fast.training.step import Trained, count, lr_factor, make_optimizer, prepare_parameters, train_step
 
 # Settings that may change between a checkpoint and the run that goes on from it: none of them changes a loss.
-FREE = {"model", "data", "media_folder", "output_dir", "device", "save_every", "keep", "resume", "log_every", "progress", "workers"}
+FREE = {
+    "model",
+    "data",
+    "media_folder",
+    "output_dir",
+    "device",
+    "save_every",
+    "keep",
+    "resume",
+    "log_every",
+    "progress",
+    "workers",
+    "cache_mb",
+}
 
 
 @dataclass(frozen=True)
