@@ -27,7 +27,7 @@ def test_first_token(tmp_path: Path, benchmark, record_row) -> None:
 
     ours, theirs = runs["llava_fast"], runs["transformers"]
     row = {"name": "first_token_05b_two_photographs", "device": "cpu", "rounds": ROUNDS, "new_tokens": NEW_TOKENS}
-    for key, unit in (("load_s", 1), ("first_token_s", 1), ("token_ms", 1), ("rss", 1), ("anon", 1)):
+    for key in ("load_s", "first_token_s", "token_ms", "rss", "anon"):
         name = {"rss": "rss_bytes", "anon": "anon_bytes"}.get(key, key)
         row[f"ours_{name}"], row[f"baseline_{name}"] = median_of(ours, key), median_of(theirs, key)
         each = [median_of([b], key) / median_of([a], key) for a, b in zip(ours, theirs, strict=True)]

@@ -103,13 +103,11 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("in turns with the baseline")
     for limits in known.values():
         terminalreporter.write_line(describe(limits))
-    for row in rows:
-        if "ours_ms" not in row:
-            terminalreporter.write_line(f"{row['name']}, {row['rounds']} rounds")
-            for key in [k.removeprefix("ratio_") for k in row if k.startswith("ratio_")]:
-                terminalreporter.write_line(
-                    f"  {key:14} ours {row['ours_' + key]:>16,.2f}  baseline {row['baseline_' + key]:>16,.2f}  ratio {row['ratio_' + key]:.2f}"
-                )
+    for row in [row for row in rows if "ours_ms" not in row]:
+        terminalreporter.write_line(f"{row['name']}, {row['rounds']} rounds")
+        for key in [key.removeprefix("ratio_") for key in row if key.startswith("ratio_")]:
+            ours, theirs = row["ours_" + key], row["baseline_" + key]
+            terminalreporter.write_line(f"  {key:14} ours {ours:>16,.2f}  baseline {theirs:>16,.2f}  ratio {row['ratio_' + key]:.2f}")
     timed = [row for row in rows if "ours_ms" in row]
     width = max((len(row["name"]) for row in timed), default=0)
     if timed:

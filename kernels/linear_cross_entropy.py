@@ -8,6 +8,8 @@ accumulated in that dtype too. The backward multiplies again instead of keeping 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,7 +24,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
         wide = _wide(hidden_LD.dtype)
         rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
         lse_L = hidden_LD.new_empty(hidden_LD.shape[0], dtype=wide)
@@ -37,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return loss_L
 
     @staticmethod
-    def backward(ctx, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         (grad_L,) = grads
         hidden_LD, weight_VD, labels_L, lse_L = ctx.saved_tensors
         wide = lse_L.dtype

@@ -1,9 +1,9 @@
 """llava_fast: training and inference for LLaVA-NeXT-Interleave and its family, on packed rows.
 
-    import llava_fast as lf
+import llava_fast as lf
 
-    model = lf.load("llava-hf/llava-interleave-qwen-0.5b-hf")
-    lf.generate(model, lf.Request("<image><image>What changed?", images=["a.jpg", "b.jpg"]))
+model = lf.load("llava-hf/llava-interleave-qwen-0.5b-hf")
+lf.generate(model, lf.Request("<image><image>What changed?", images=["a.jpg", "b.jpg"]))
 """
 
 from __future__ import annotations
@@ -33,7 +33,18 @@ _HOME = {
     "TrainResult": "training.loop",
     "train": "training.loop",
 }
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = [
+    "Completion",
+    "InputOptions",
+    "LlavaFast",
+    "Request",
+    "SamplingParams",
+    "TrainConfig",
+    "TrainResult",
+    "generate",
+    "load",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -164,7 +164,7 @@ class PackedBatch:
         return self.cu_seqlens.shape[0] - 1
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device) if isinstance(value := getattr(self, field.name), (Tensor, Layout)) else value
             for field in dataclasses.fields(self)
         }
@@ -235,7 +235,9 @@ def pack(
 
 
 def _layout(samples: Sequence[Sample], starts: np.ndarray) -> Layout:
-    visuals = [(visual, starts[s] + row) for s, sample in enumerate(samples) for visual, row in zip(sample.visuals, sample.starts, strict=True)]
+    visuals = [
+        (visual, starts[s] + row) for s, sample in enumerate(samples) for visual, row in zip(sample.visuals, sample.starts, strict=True)
+    ]
     patches = {visual.patches for visual, _ in visuals}
     assert len(patches) == 1, patches
     (P,) = patches

@@ -125,7 +125,7 @@ def _headers(file: Path) -> Iterator[tuple[str, tuple[int, ...], torch.dtype]]:
         return
     try:
         with safe_open(file, framework="pt") as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a mapping
+            for key in handle.keys():
                 view = handle.get_slice(key)
                 yield key, tuple(view.get_shape()), SAFETENSORS_DTYPES.get(view.get_dtype(), torch.uint8)
     except SafetensorError as error:
@@ -200,7 +200,9 @@ def load_into(
     quantised = sorted(place.key for name, place in stored.items() if name in parameters and not place.dtype.is_floating_point)
     faults = {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong, "not of a float dtype": quantised}
     if any(faults.values()):
-        told = "; ".join(f"{len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for what, names in faults.items() if names)
+        told = "; ".join(
+            f"{len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for what, names in faults.items() if names
+        )
         raise ValueError(f"the checkpoint does not fit its config: {told}")
 
     carried: dict[str, Tensor] = {}
@@ -222,7 +224,10 @@ def load_into(
 
 def _check_derived(name: str, tensor: Tensor, model: Llava) -> None:
     if name == "lm_head.weight":
-        ok, rule = torch.equal(tensor.to(model.stored_dtype), model.head_weight[: tensor.shape[0]].cpu()), "equal embed_tokens (the head is tied)"
+        ok, rule = (
+            torch.equal(tensor.to(model.stored_dtype), model.head_weight[: tensor.shape[0]].cpu()),
+            "equal embed_tokens (the head is tied)",
+        )
     elif name.endswith("weight"):
         ok, rule = torch.equal(tensor.float(), torch.eye(tensor.shape[0])), "be the identity (the projector is linear)"
     else:
@@ -360,7 +365,11 @@ def save_pretrained(model: Any, directory: str | os.PathLike, max_shard_size: st
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
         save_torch_state_dict(hf_state_dict(model), scratch, max_shard_size=max_shard_size, metadata={"format": "pt"})
-        raw = {**model.config.raw, "architectures": ["LlavaForConditionalGeneration"], "dtype": str(model.stored_dtype).removeprefix("torch.")}
+        raw = {
+            **model.config.raw,
+            "architectures": ["LlavaForConditionalGeneration"],
+            "dtype": str(model.stored_dtype).removeprefix("torch."),
+        }
         for name, content in model.sidecar.items():
             (scratch / name).write_bytes(content)
         model.generation_config.save_pretrained(scratch)

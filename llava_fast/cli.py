@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -37,9 +37,9 @@ def generate(
     keep_order: Annotated[bool, typer.Option(help="keep pictures at their marks although the chat template moves them first")] = False,
     num_frames: Annotated[int | None, typer.Option(help="frames of a video, spread evenly")] = None,
     fps: Annotated[float | None, typer.Option(help="frames a second of a video")] = None,
-    pool: Annotated[str | None, typer.Option(help="pool video frames 2x2: average, bilinear or max")] = None,
+    pool: Annotated[Literal["average", "bilinear", "max"] | None, typer.Option(help="pool video frames 2x2")] = None,
     anyres: Annotated[bool | None, typer.Option(help="cut a single picture into tiles")] = None,
-    image_aspect: Annotated[str, typer.Option(help="squash or pad")] = "squash",
+    image_aspect: Annotated[Literal["squash", "pad"], typer.Option(help="how a picture is made square")] = "squash",
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -51,7 +51,12 @@ def generate(
 ) -> None:
     """Answer a question about pictures and videos; the answer streams as it is made."""
     options = llava_fast.InputOptions(
-        keep_order=keep_order, num_frames=num_frames, fps=fps, pool=pool, anyres=anyres, image_aspect=image_aspect  # type: ignore[arg-type]
+        keep_order=keep_order,
+        num_frames=num_frames,
+        fps=fps,
+        pool=pool,
+        anyres=anyres,
+        image_aspect=image_aspect,
     )
     sampling = llava_fast.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     request = ask(prompt, image or [], video or [], raw)
@@ -74,7 +79,9 @@ def generate(
         print(delta, end="", flush=True)
     status.stop()
     print()
-    notes.print(f"[dim]loaded in {ready - start:.1f} s, first text after {first:.2f} s, all after {time.perf_counter() - ready:.2f} s[/dim]")
+    notes.print(
+        f"[dim]loaded in {ready - start:.1f} s, first text after {first:.2f} s, all after {time.perf_counter() - ready:.2f} s[/dim]"
+    )
 
 
 def ask(prompt: str, images: list[Path], videos: list[Path], raw: bool = False) -> Any:
@@ -122,7 +129,7 @@ def convert(
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty")
     with notes.status(f"reading {source}"):
-        model = llava_fast.load(source, device="cpu", dtype=dtype, vision_tower=vision_tower)  # type: ignore[call-arg]
+        model = llava_fast.load(source, device="cpu", dtype=dtype, vision_tower=vision_tower)
     with notes.status(f"writing {target}"):
         model.save_pretrained(target)
     notes.print(f"wrote {target}")

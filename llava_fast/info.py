@@ -8,7 +8,13 @@ from typing import Any
 
 from llava_fast.checkpoint import is_carried, opened
 
-PARTS = {"vision_tower": "vision tower", "multi_modal_projector": "projector", "language_model": "decoder", "lm_head": "head", "image_newline": "newline"}
+PARTS = {
+    "vision_tower": "vision tower",
+    "multi_modal_projector": "projector",
+    "language_model": "decoder",
+    "lm_head": "head",
+    "image_newline": "newline",
+}
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -40,7 +46,8 @@ def describe(path: str | os.PathLike, vision_tower: str | os.PathLike | None = N
         "decoder": f"{decoder.kind}, {decoder.layers} layers, width {decoder.width}, {decoder.heads} heads of {decoder.head_dim}, "
         f"{decoder.kv_heads} key-value heads, vocabulary {decoder.vocab_size}{', tied head' if decoder.tied else ''}",
         "dtype": dtype,
-        "parameters": {part: count for part, count in parameters.items() if count} | {"total": sum(parameters.values()), "carried": carried},
+        "parameters": {part: count for part, count in parameters.items() if count}
+        | {"total": sum(parameters.values()), "carried": carried},
         "tokens_per_image": config.patches,
         "context": decoder.max_positions,
         "images_per_context": decoder.max_positions // config.patches,

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoConfig,
@@ -28,6 +28,9 @@ from transformers import (
 
 from llava_fast.config import OPTIONS_KEY
 from llava_fast.inputs.templates import INTERLEAVE_CHAT_TEMPLATE
+
+if TYPE_CHECKING:
+    from llava_fast.checkpoint import Stored
 
 DECODERS = {"llava_qwen": Qwen2Config, "llava_llama": LlamaConfig, "llava": LlamaConfig}
 # What mm_vision_tower names when only the name is at hand (the tower's weights being inside the checkpoint).
@@ -59,7 +62,9 @@ def is_original(raw: dict[str, Any]) -> bool:
     return "mm_vision_tower" in raw or raw.get("model_type") in ("llava_qwen", "llava_llama")
 
 
-def read(directory: Path, raw: dict[str, Any], stored: dict, vision_tower: str | os.PathLike | None, scratch: Path):
+def read(
+    directory: Path, raw: dict[str, Any], stored: dict[str, Stored], vision_tower: str | os.PathLike | None, scratch: Path
+) -> tuple[LlavaConfig, dict[str, Stored]]:
     """-> (transformers LlavaConfig, tensors of checkpoint and tower). Writes tokenizer and processor files to `scratch`.
 
     Raises ValueError for a tower, projector or decoder that is not in the family, or a tower whose weights are not at hand.
@@ -97,7 +102,9 @@ def read(directory: Path, raw: dict[str, Any], stored: dict, vision_tower: str |
     vision.vision_use_head = any(key.startswith("vision_tower.head.") for key in stored)
 
     decoder_class = DECODERS[kind]
-    text = decoder_class(**{key: value for key, value in raw.items() if not key.startswith("mm_") and key not in ("model_type", "architectures")})
+    text = decoder_class(
+        **{key: value for key, value in raw.items() if not key.startswith("mm_") and key not in ("model_type", "architectures")}
+    )
     if "rope_scaling" in raw and kind == "llava_qwen":  # the original class forces it to None
         text.rope_parameters = {"rope_type": "default", "rope_theta": raw.get("rope_theta", 10000.0)}
     tokenizer = AutoTokenizer.from_pretrained(directory, config=text)
@@ -138,7 +145,9 @@ def _tower_config(name: str, tower: Path | None) -> SiglipVisionConfig | CLIPVis
 def _write_inputs(directory: Path, scratch: Path, hf: Any, tokenizer: Any, siglip: bool, qwen: bool) -> None:
     size = hf.vision_config.image_size
     if siglip:
-        image_processor = SiglipImageProcessorPil(size={"height": size, "width": size}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+        image_processor = SiglipImageProcessorPil(
+            size={"height": size, "width": size}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        )
     else:
         image_processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     LlavaProcessor(

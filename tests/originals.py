@@ -38,7 +38,9 @@ def make_original(source: Path, target: Path, tower: str = "inside", **overrides
     if siglip:
         vision["num_hidden_layers"] += 1
         last = f"vision_model.encoder.layers.{vision['num_hidden_layers'] - 2}."
-        own |= {k.replace(last, f"vision_model.encoder.layers.{vision['num_hidden_layers'] - 1}."): v + 1 for k, v in own.items() if last in k}
+        own |= {
+            k.replace(last, f"vision_model.encoder.layers.{vision['num_hidden_layers'] - 1}."): v + 1 for k, v in own.items() if last in k
+        }
     (tower_dir / "config.json").write_text(json.dumps({**vision, "architectures": ["SiglipVisionModel" if siglip else "CLIPVisionModel"]}))
     if tower == "own":
         save_file(own | {"logit_scale": torch.ones(())}, tower_dir / "model.safetensors", metadata={"format": "pt"})

@@ -92,7 +92,9 @@ def test_processor_outputs_are_accepted_as_they_come(directory, hf, processor):
 
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
     processor.tokenizer.padding_side = "left"
-    inputs = processor(images=[picture] * 3, text=["<image>What?", "Look: <image><image> and <image"[:22]], return_tensors="pt", padding=True)
+    inputs = processor(
+        images=[picture] * 3, text=["<image>What?", "Look: <image><image> and <image"[:22]], return_tensors="pt", padding=True
+    )
     model = lf.load(directory)
     assert torch.equal(model.generate(**inputs, max_new_tokens=9), hf.generate(**inputs, max_new_tokens=9, do_sample=False))
 

@@ -20,9 +20,10 @@ def test_05b_logits(tmp_path):
     inputs = processor(images=[open_image(p) for p in photographs()], text=text, return_tensors="pt")
 
     model = lf.load(path, device="cpu")
-    assert model.stored_dtype == torch.bfloat16 and sum(p.numel() for p in model.parameters()) + sum(
-        t.numel() for t in model.carried.values()
-    ) == 864_031_264
+    assert (
+        model.stored_dtype == torch.bfloat16
+        and sum(p.numel() for p in model.parameters()) + sum(t.numel() for t in model.carried.values()) == 864_031_264
+    )
     with torch.inference_mode():
         ours = model(**inputs).logits
     first = lf.generate(model, messages(), max_new_tokens=1).token_ids

@@ -237,7 +237,9 @@ def test_text_streams_decode_as_the_tokenizer_does(checkpoints, text):
     assert len(ids) > len([d for d in deltas if d]) or text.isascii()
 
 
-@pytest.mark.parametrize("stop, expected", [("STOP", "abcS ST "), ("ST", "abcS "), ("abc", ""), ("zzz", "abcS ST STOP def"), ("def!", "abcS ST STOP def")])
+@pytest.mark.parametrize(
+    "stop, expected", [("STOP", "abcS ST "), ("ST", "abcS "), ("abc", ""), ("zzz", "abcS ST STOP def"), ("def!", "abcS ST STOP def")]
+)
 def test_stop_strings_across_tokens(checkpoints, stop, expected):
     tokenizer = AutoTokenizer.from_pretrained(checkpoints["qwen"])
     stream = TextStream(tokenizer, (stop,))

@@ -112,7 +112,9 @@ def test_vision_feature_layers(tmp_path, kind, layers):
 
 @pytest.mark.parametrize("layers", [0, -4, 4, [], [-1, 7]])
 def test_feature_layer_out_of_range(tmp_path, layers):
-    config = tiny.LlavaConfig(vision_config=tiny.vision_config("qwen"), text_config=tiny.text_config("qwen", 384), vision_feature_layer=layers)
+    config = tiny.LlavaConfig(
+        vision_config=tiny.vision_config("qwen"), text_config=tiny.text_config("qwen", 384), vision_feature_layer=layers
+    )
     with pytest.raises(ValueError, match="vision_feature_layer"):
         from_hf(config)
 

@@ -65,7 +65,9 @@ def as_requests(requests: Any) -> tuple[list[Request], bool]:
     if isinstance(requests, str) or is_chat(requests):
         return [Request(requests)], True
     if not isinstance(requests, (list, tuple)):
-        raise ValueError(f"requests must be a string, a list of chat messages, a Request, or a list of these, got {type(requests).__name__}")
+        raise ValueError(
+            f"requests must be a string, a list of chat messages, a Request, or a list of these, got {type(requests).__name__}"
+        )
     out = []
     for i, item in enumerate(requests):
         if not (isinstance(item, (str, Request)) or is_chat(item)):
@@ -83,7 +85,8 @@ def run(model: Any, requests: list[Request], sampling: SamplingParams, inputs: I
     order = sorted(range(len(requests)), key=lambda i: -requests[i].priority)
     waiting: Job | None = None
     while order or waiting:
-        jobs, rows = [], 0
+        jobs: list[Job] = []
+        rows = 0
         while order or waiting:
             if waiting is None:
                 index = order.pop(0)

@@ -120,9 +120,9 @@ def _get(parts: SplitResult, max_bytes: int, deadline: float) -> tuple[int, str 
             host_header = host if port in (80, 443) else f"{host}:{port}"
             headers = {"Host": host_header, "User-Agent": "llava_fast", "Accept-Encoding": "identity", "Connection": "close"}
             connection.request("GET", path, headers=headers)
-            response = connection.getresponse()
-            body = _read(response, max_bytes, deadline, parts) if response.status == 200 else b""
-            return response.status, response.getheader("Location"), body
+            with connection.getresponse() as response:
+                body = _read(response, max_bytes, deadline, parts) if response.status == 200 else b""
+                return response.status, response.getheader("Location"), body
         finally:
             connection.close()
     finally:

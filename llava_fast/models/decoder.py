@@ -127,7 +127,14 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD: Tensor, tables, queries: Queries, needed_R: Tensor | None = None, cache=None) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor,
+        tables: tuple[Tensor, Tensor],
+        queries: Queries,
+        needed_R: Tensor | None = None,
+        cache: tuple[Tensor, Tensor, KVCache] | None = None,
+    ) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x_TD), tables, queries, needed_R, cache)
         x_TD = (x_TD if needed_R is None else x_TD[needed_R]) + attended
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))

@@ -116,5 +116,3 @@ class VisionTower(nn.Module):
                 states[i] = x_NPE
         features = [states[i][:, 1:] if self.drop_class else states[i] for i in self.selected]
         return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
-
-
