@@ -1,0 +1,100 @@
+"""The command line, as a process and in-process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from originals import make_original
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+
+import llava_fast as lf
+from llava_fast.cli import ask, main
+from llava_fast.info import describe
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "llava_fast.cli", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = [tmp_path / "a.jpg", tmp_path / "b.png"]
+    for seed, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def test_generate_streams_the_answer(checkpoints, pictures):
+    done = run(
+        "generate", "--model", checkpoints["qwen"], "--image", pictures[0], "--image", pictures[1], "--max-new-tokens", 9, "What changed?"
+    )
+    assert done.returncode == 0, done.stderr
+    expected = lf.generate(lf.load(checkpoints["qwen"]), ask("What changed?", pictures, []), max_new_tokens=9)
+    assert done.stdout == expected.text + "\n"
+    assert "first text after" in done.stderr
+
+
+def test_generate_json(checkpoints, pictures, capsys, monkeypatch):
+    command = ["llava-fast", "generate", "-m", str(checkpoints["qwen"]), "-i", str(pictures[0]), "--json", "--max-new-tokens", "5", "What?"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert not exit.value.code
+    answer = json.loads(capsys.readouterr().out)
+    assert len(answer["token_ids"]) == 5 and answer["visual_tokens"] == 9 and answer["error"] is None and answer["load_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["generate", "-m", "/nowhere", "Hello"], "neither a checkpoint directory nor a hub id"),
+        (["generate", "-m", "{model}", "-i", "absent.png", "What?"], "absent.png"),
+        (["generate", "-m", "{model}", "<image> What?"], "1 <image> and 0 <video> marks but 0 --image and 0 --video"),
+        (["generate", "-m", "{model}", "--temperature", "nan", "What?"], "temperature must be a finite number >= 0, got nan"),
+        (["info", "/nowhere"], "neither a checkpoint directory nor a hub id"),
+        (["convert", "{model}", "{model}"], "is not empty"),
+    ],
+)
+def test_errors_are_one_line(checkpoints, monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(sys, "argv", ["llava-fast", *(a.format(model=checkpoints["qwen"]) for a in arguments)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert exit.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_pictures_stand_at_their_marks():
+    ((message,),) = [ask("Is <image> before <image>?", ["a.png", "b.png"], [])]
+    assert [item.get("image", item.get("text")) for item in message["content"]] == ["Is ", "a.png", " before ", "b.png", "?"]
+    ((front,),) = [ask("Which?", ["a.png"], ["c.mp4"])]
+    assert [item["type"] for item in front["content"]] == ["image", "video", "text"]
+
+
+def test_convert(checkpoints, tmp_path):
+    original = make_original(checkpoints["llama"], tmp_path / "original")
+    done = run("convert", original, tmp_path / "converted")
+    assert done.returncode == 0, done.stderr
+    _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "converted", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_info(kind, directory, tmp_path, capsys, monkeypatch):
+    facts = describe(directory)
+    model = lf.load(directory)
+    parameters = sum(p.numel() for p in model.parameters())
+    assert facts["parameters"]["total"] == parameters
+    assert facts["parameters"]["carried"] == sum(t.numel() for t in model.carried.values())
+    assert facts["tokens_per_image"] == 9 and facts["memory"]["weights"] == 4 * parameters
+    decoder = model.config.decoder
+    assert facts["kv_bytes_per_token"] == 2 * 4 * decoder.layers * decoder.kv_heads * decoder.head_dim
+    assert describe(make_original(directory, tmp_path / "original"))["parameters"] == facts["parameters"]
+    monkeypatch.setattr(sys, "argv", ["llava-fast", "info", str(directory)])
+    with pytest.raises(SystemExit):
+        main()
+    printed = capsys.readouterr().out
+    assert f"{parameters:,}" in printed and "tokens a picture" in printed
