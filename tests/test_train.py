@@ -280,6 +280,11 @@ def test_yaml_configuration_and_what_a_run_writes(checkpoints, four, tmp_path, c
     assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-00000002.pt", "checkpoint-00000004.pt"]
 
 
+def test_the_model_is_not_written_over(checkpoints, four):
+    with pytest.raises(ValueError, match="own directory"):
+        lf.train(fields(checkpoints["qwen"], four, checkpoints["qwen"]))
+
+
 # --- resume ---
 
 KILL = """

@@ -76,6 +76,10 @@ def train(config: TrainConfig | Mapping[str, Any] | str | os.PathLike, on_step: 
     """
     config = as_config(config)
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    if os.path.realpath(config.output_dir) == os.path.realpath(config.model):
+        raise ValueError(
+            f"output_dir must not be the model's own directory, got {config.output_dir} for both: a resumed run reads the model"
+        )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     skipped = Skipped(Path(config.output_dir))
     model = checkpoint.load(config.model, device=device, dtype=torch.float32)
@@ -210,8 +214,12 @@ def _run_steps(
     """Steps until `total` or a stop request. Losses stay on the device until they are reported: reading one waits for the step."""
     pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
 
+    reported = time.perf_counter()
+
     def flush() -> None:
-        finished = [StepMetrics(loss=loss.item(), grad_norm=norm.item(), **known) for known, loss, norm in pending]
+        read = [(known, loss.item(), norm.item()) for known, loss, norm in pending]
+        seconds = (time.perf_counter() - reported) / max(len(read), 1)
+        finished = [StepMetrics(loss=loss, grad_norm=norm, seconds=seconds, **known) for known, loss, norm in read]
         pending.clear()
         run.losses += [metrics.loss for metrics in finished]
         report.add(finished)
@@ -240,7 +248,6 @@ def _run_steps(
             "tokens": step.tokens,
             "labels": step.labels,
             "samples": step.samples,
-            "seconds": time.perf_counter() - started,
             "data_wait": waited,
         }
         run.position = step.after
@@ -252,8 +259,9 @@ def _run_steps(
         save = config.save_every is not None and run.step % config.save_every == 0
         if save or run.step % config.log_every == 0 or run.step == total or stop.is_set():
             flush()
-        if save and run.step < total:
-            run.save(Path(config.output_dir), config.keep)
+            if save and run.step < total:
+                run.save(Path(config.output_dir), config.keep)
+            reported = time.perf_counter()
     flush()
 
 

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @dataclass(frozen=True)
 class StepMetrics:
     """loss: mean over the step's labels.  grad_norm: before clipping.  lr: of the decoder, or of the first part that is trained.
-    seconds: wall time of the step, of which data_wait was spent waiting for rows."""
+    seconds: wall time, the mean over the steps that were reported together (a device works behind the program); data_wait: of the
+    step, waiting for rows."""
 
     step: int
     epoch: int
