@@ -341,3 +341,51 @@ def test_loading_needs_little_more_memory_than_the_weights(checkpoints, tmp_path
     ratio, weights = map(float, run.stdout.split())
     assert weights > 3e8
     assert ratio <= 1.2
+
+
+def test_layout_of_the_released_files(checkpoints, tmp_path):
+    """llava-interleave-qwen-0.5b-hf was written by transformers 4.43: other key names, rope_theta, three processor files."""
+    source, path = checkpoints["qwen"], tmp_path / "released"
+    path.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(source / name, path / name)
+    tensors = {k.replace("vision_tower.", "vision_tower.vision_model."): v for k, v in load_file(source / "model.safetensors").items()}
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    raw = json.loads((source / "config.json").read_text())
+    text = {k: v for k, v in raw["text_config"].items() if k not in ("rope_parameters", "layer_types")}
+    text |= {"rope_theta": raw["text_config"]["rope_parameters"]["rope_theta"], "sliding_window": 32768, "use_sliding_window": False}
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": raw["image_token_index"],
+        "model_type": "llava",
+        "projector_hidden_act": "gelu",
+        "text_config": text,
+        "torch_dtype": "float32",
+        "transformers_version": "4.43.0.dev0",
+        "vision_config": raw["vision_config"],
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "generation_config.json").write_text('{"bos_token_id": 0, "eos_token_id": 2, "transformers_version": "4.43.0.dev0"}')
+    processor = json.loads((source / "processor_config.json").read_text())
+    image = {k: v for k, v in processor["image_processor"].items() if k != "do_convert_rgb"}
+    (path / "preprocessor_config.json").write_text(json.dumps({**image, "do_convert_rgb": None, "processor_class": "LlavaProcessor"}))
+    (path / "processor_config.json").write_text(
+        json.dumps({"num_additional_image_tokens": 0, "patch_size": 14, "vision_feature_select_strategy": "full"})
+    )
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": (source / "chat_template.jinja").read_text()}))
+
+    model = lf.load(path)
+    assert model.config.decoder.tied and model.eos_ids == (2,)
+    inputs = batch_of(model, SHAPES)
+    kept = inputs["attention_mask"].bool()
+    theirs = LlavaForConditionalGeneration.from_pretrained(path).eval()
+    assert_close(logits(model, inputs)[kept], logits(theirs, inputs)[kept])
+    message = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    expected = lf.generate(lf.load(source), message, max_new_tokens=6).token_ids
+    assert lf.generate(model, message, max_new_tokens=6).token_ids == expected
+    model.save_pretrained(tmp_path / "saved")
+    _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
