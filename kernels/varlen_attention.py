@@ -27,37 +27,40 @@ def varlen_attention_reference(
     scale: float | None = None,
 ) -> Tensor:
     """One scaled_dot_product_attention a sequence. Reads the lengths on the host: on a GPU this waits for the device."""
-    out = torch.empty_like(q_THd)
-    q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    used = None if seqused_k is None else seqused_k.tolist()
-    prefixes = None if prefix is None else prefix.tolist()
-    for s in range(len(q_bounds) - 1):
-        q0, q1 = q_bounds[s], q_bounds[s + 1]
-        if q0 == q1:
+    starts_k = cu_seqlens_k.tolist()
+    lengths_q, lengths_k = cu_seqlens_q.diff().tolist(), (cu_seqlens_k.diff() if seqused_k is None else seqused_k).tolist()
+    prefixes = [(0, 0)] * len(lengths_q) if prefix is None else prefix.tolist()
+    # split and cat, not slices: the gradient of a slice is as large as the whole, once a sequence.
+    if seqused_k is None:
+        keys, values = k_KGd.split(lengths_k), v_KGd.split(lengths_k)
+    else:
+        ranges = [slice(start, start + n) for start, n in zip(starts_k, lengths_k, strict=False)]
+        keys, values = tuple(k_KGd[r] for r in ranges), tuple(v_KGd[r] for r in ranges)
+    places = [None] * len(lengths_q) if q_index is None else q_index.split(lengths_q)
+    out: list[Tensor] = []
+    for q, k, v, place, (first, last) in zip(q_THd.split(lengths_q), keys, values, places, prefixes, strict=True):
+        n, shared = q.shape[0], last - first
+        if n == 0:
             continue
-        k0 = k_bounds[s]
-        k1 = k_bounds[s + 1] if used is None else k0 + used[s]
-        k, v, shared = k_KGd[k0:k1], v_KGd[k0:k1], 0
-        if prefixes is not None and prefixes[s][0] < prefixes[s][1]:
-            p0, p1 = prefixes[s]
-            shared = p1 - p0
-            k, v = torch.cat([k_KGd[p0:p1], k]), torch.cat([v_KGd[p0:p1], v])
-        queries, keys = q1 - q0, k1 - k0
-        aligned = q_index is None and queries == keys and not shared
+        own = k.shape[0]
+        if shared:
+            k, v = torch.cat([k_KGd[first:last], k]), torch.cat([v_KGd[first:last], v])
+        whole = place is None and n == own and not shared
         mask = None
-        if causal and not aligned and not (q_index is None and queries == 1):
-            index = q_index[q0:q1] if q_index is not None else torch.arange(keys - queries, keys, device=q_THd.device)
-            mask = torch.arange(shared + keys, device=q_THd.device) <= index[:, None] + shared
-        out[q0:q1] = F.scaled_dot_product_attention(
-            q_THd[q0:q1].transpose(0, 1)[None],
+        if causal and not whole and not (place is None and n == 1):
+            place = torch.arange(own - n, own, device=q.device) if place is None else place
+            mask = torch.arange(shared + own, device=q.device) <= place[:, None] + shared
+        attended = F.scaled_dot_product_attention(
+            q.transpose(0, 1)[None],
             k.transpose(0, 1)[None],
             v.transpose(0, 1)[None],
             attn_mask=mask,
-            is_causal=causal and aligned and queries > 1,
+            is_causal=causal and whole and n > 1,
             scale=scale,
-            enable_gqa=q_THd.shape[1] != k_KGd.shape[1],
-        )[0].transpose(0, 1)
-    return out
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        out.append(attended[0].transpose(0, 1))
+    return torch.cat(out) if out else torch.empty_like(q_THd)
 
 
 def varlen_attention(
