@@ -76,7 +76,8 @@ class InputOptions:
     tokenisation: 'hf' the checkpoint's chat template; 'eval', 'train', 'demo' as in LLaVA-NeXT (see inputs/chat.py).
     keep_order: keep pictures where they stand in a message although the chat template moves them first.
     image_aspect: 'squash' as the checkpoint's image processor does; 'pad' to a square first.
-    num_frames or fps: frames of a video (uniform, or by rate).  pool: 'average', 'bilinear' or 'max', stride 2, over video frames.
+    num_frames or fps: frames of a video (uniform, or by rate); frames_upbound: at most so many by rate, uniform instead where there
+    would be more, or always with force_sample.  pool: 'average', 'bilinear' or 'max', stride 2, over video frames.
     anyres: tiles for requests with a single picture.  allowed_media_hosts: hosts from which http(s) pictures may be fetched.
     """
 
@@ -85,6 +86,8 @@ class InputOptions:
     image_aspect: Literal["squash", "pad"] = "squash"
     num_frames: int | None = None
     fps: float | None = None
+    frames_upbound: int | None = None
+    force_sample: bool = False
     pool: Literal["average", "bilinear", "max"] | None = None
     anyres: bool | None = None
     allowed_media_hosts: tuple[str, ...] = ()
@@ -94,6 +97,12 @@ class InputOptions:
         _require(self.tokenisation in ("hf", "eval", "train", "demo"), "tokenisation", self.tokenisation, "hf, eval, train or demo")
         _require(self.image_aspect in ("squash", "pad"), "image_aspect", self.image_aspect, "squash or pad")
         _require(self.num_frames is None or (_is_int(self.num_frames) and self.num_frames >= 1), "num_frames", self.num_frames, ">= 1")
+        _require(
+            self.frames_upbound is None or (_is_int(self.frames_upbound) and self.frames_upbound >= 1),
+            "frames_upbound",
+            self.frames_upbound,
+            ">= 1",
+        )
         _require(self.fps is None or (_is_number(self.fps) and self.fps > 0), "fps", self.fps, "> 0")
         _require(self.pool in (None, "average", "bilinear", "max"), "pool", self.pool, "average, bilinear, max or None")
 
