@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import math
+import sys
 from collections.abc import Iterable
 
 SHOWN = 80  # characters of a value in a message
@@ -39,8 +39,8 @@ def is_int(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """A finite int or float. (math.isfinite raises OverflowError for an integer past the floats.)"""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    """A finite float, or an integer that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def closest(name: object, known: Iterable[str]) -> str:

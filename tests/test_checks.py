@@ -54,8 +54,8 @@ def test_require() -> None:
 
 def test_numbers() -> None:
     assert is_int(3) and not is_int(True) and not is_int(3.0)
-    assert is_number(3) and is_number(0.5) and is_number(10**400)
-    assert not any(is_number(value) for value in (True, "3", float("inf"), float("nan"), None, 1j))
+    assert is_number(3) and is_number(0.5)
+    assert not any(is_number(value) for value in (True, "3", float("inf"), float("nan"), None, 1j, 10**400))
 
 
 def test_closest() -> None:
