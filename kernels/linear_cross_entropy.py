@@ -2,8 +2,9 @@
 
     loss_l = logsumexp_v(h_l . w_v) - h_l . w_{label_l}
 
-Shape letters: L label rows, D width, V vocabulary. Logits and sums in fp32 (fp64 for fp64 inputs); the weight's gradient is
-accumulated in that dtype too. The backward multiplies again instead of keeping logits: at V = 152000 a row of them is 0.6 MB.
+Shape letters: L label rows, D width, V vocabulary. Products in the hidden rows' dtype; logits, sums and the accumulated gradient
+of the weight in fp32 (fp64 for fp64 inputs). The backward multiplies again instead of keeping logits: at V = 152000 a row of them
+is 0.6 MB.
 """
 
 from __future__ import annotations

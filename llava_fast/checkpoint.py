@@ -48,7 +48,11 @@ RENAMES = (
 # Buffers that older files hold and that follow from the config; the text half of a tower's own directory.
 RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 OTHER_HALF = re.compile(r"^(text_model\.|text_projection|visual_projection|logit_scale|logit_bias)")
-SIDECAR_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+# Files of a checkpoint that say how its inputs are made; saved back as they were read.
+SIDECAR = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt tokenizer.model "
+    "spiece.model chat_template.json chat_template.jinja preprocessor_config.json processor_config.json video_preprocessor_config.json"
+).split()
 HUB_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors", "*.bin"]
 
 
@@ -89,23 +93,41 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(f"{directory} has no config.json")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files transformers would read: model.safetensors, or what its index names, or the same of pytorch_model.bin; where there
+    are none of these, all *.safetensors, or else all *.bin. Raises ValueError for shards that are not there, and for no weights."""
+    for single in (directory / "model.safetensors", directory / "pytorch_model.bin"):
+        if single.is_file():
+            return [single]
+        index = single.with_name(f"{single.name}.index.json")
+        if index.is_file():
+            shards = sorted(set(read_json(index)["weight_map"].values()))
+            absent = [name for name in shards if not (directory / name).is_file()]
+            if absent:
+                raise ValueError(f"{index.name} names shards that are not in {directory}: {absent}")
+            return [directory / name for name in shards]
+    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
+    if not files:
+        raise ValueError(f"{directory} has no *.safetensors and no *.bin weights")
+    return files
 
 
 def index_tensors(directory: Path) -> dict[str, Stored]:
-    """Canonical name -> where the tensor is, from all *.safetensors, or else all *.bin, of a directory. Reads headers only."""
-    files = sorted(directory.glob("*.safetensors")) or sorted(directory.glob("*.bin"))
-    files = [file for file in files if file.name not in ("training_args.bin", "mm_projector.bin")]
-    if not files:
-        raise ValueError(f"{directory} has no *.safetensors and no *.bin weights")
-    for index in directory.glob("*.index.json"):
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
-        absent = sorted(wanted - {file.name for file in files})
-        if absent and any(name.endswith(files[0].suffix) for name in absent):
-            raise ValueError(f"{index.name} names shards that are not in {directory}: {absent}")
+    """Canonical name -> where the tensor is, of a directory's weights. Reads headers only."""
+    files = weight_files(directory)
     stored: dict[str, Stored] = {}
     for file in files:
         for key, shape, dtype in _headers(file):
@@ -136,6 +158,7 @@ SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.f
 
 
 def _read_bin(file: Path) -> dict[str, Tensor]:
+    """Mapped, not read; the format of torch before 1.6 cannot be mapped and is held whole while it is open."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
@@ -175,18 +198,36 @@ def load_into(
     dtype: torch.dtype,
     grown: dict[str, int],
 ) -> dict[str, Tensor]:
-    """Fill a model built on the meta device; returns the carried tensors. `grown`: rows that vocabulary matrices are to have.
+    """Fill a model built on the meta device from checked tensors; returns the carried ones. `grown`: see `check_tensors`."""
+    parameters, derived = dict(model.named_parameters()), derived_tensors(model.config)
+    carried: dict[str, Tensor] = {}
+    for name, tensor in read_tensors({n: stored[n] for n in stored if n not in derived}):
+        if name not in parameters:
+            carried[name] = tensor.clone()
+            continue
+        shape = (max(tensor.shape[0], grown.get(name, 0)), *tensor.shape[1:])
+        value = torch.empty(shape, dtype=dtype, device=device)
+        value[: tensor.shape[0]].copy_(tensor)
+        if shape[0] > tensor.shape[0]:  # new vocabulary rows: the mean row, which no logit prefers
+            value[tensor.shape[0] :] = tensor.float().mean(0).to(dtype)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    for name, tensor in read_tensors({n: stored[n] for n in derived if n in stored}):
+        _check_derived(name, tensor, model)
+    return carried
 
-    Raises ValueError naming every missing, unexpected and wrongly shaped tensor, before any is read.
-    """
-    config = model.config
-    parameters = dict(model.named_parameters())
-    derived = set()  # in the file, but equal to something else by construction: checked, not kept
-    if config.decoder.tied:
-        derived.add("lm_head.weight")
-    if config.projector == "linear":
-        derived |= {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"}
 
+def derived_tensors(config: LlavaConfig) -> set[str]:
+    """In a file, but equal to something else by construction: checked, not kept."""
+    head = {"lm_head.weight"} if config.decoder.tied else set()
+    linear = {"multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias"} if config.projector == "linear" else set()
+    return head | linear
+
+
+def check_tensors(model: Llava, stored: dict[str, Stored], grown: dict[str, int]) -> None:
+    """Raise ValueError naming every missing, unexpected and wrongly shaped tensor. `grown`: rows that vocabulary matrices may have
+    fewer of in the file."""
+    config, parameters, derived = model.config, dict(model.named_parameters()), derived_tensors(model.config)
     missing = sorted(name for name in parameters if name not in stored)
     unexpected = sorted(stored[n].key for n in stored if n not in parameters and n not in derived and not is_carried(n, config))
     wrong = []
@@ -204,22 +245,6 @@ def load_into(
             f"{len(names)} {what}: {', '.join(names[:8])}{', ...' * (len(names) > 8)}" for what, names in faults.items() if names
         )
         raise ValueError(f"the checkpoint does not fit its config: {told}")
-
-    carried: dict[str, Tensor] = {}
-    for name, tensor in read_tensors({n: stored[n] for n in stored if n not in derived}):
-        if name not in parameters:
-            carried[name] = tensor.clone()
-            continue
-        shape = (max(tensor.shape[0], grown.get(name, 0)), *tensor.shape[1:])
-        value = torch.empty(shape, dtype=dtype, device=device)
-        value[: tensor.shape[0]].copy_(tensor) if tensor.ndim else value.copy_(tensor)
-        if shape[0] > tensor.shape[0]:  # new vocabulary rows: the mean row, which no logit prefers
-            value[tensor.shape[0] :] = tensor.float().mean(0).to(dtype)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
-    for name, tensor in read_tensors({n: stored[n] for n in derived if n in stored}):
-        _check_derived(name, tensor, model)
-    return carried
 
 
 def _check_derived(name: str, tensor: Tensor, model: Llava) -> None:
@@ -283,13 +308,12 @@ def load(
     """
     from llava_fast.api import LlavaFast
 
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    stored_as = _dtype(dtype)
+    place, stored_as = _device(device), _dtype(dtype)
     with opened(path, vision_tower) as found:
         config, inputs_dir = found.config, found.inputs_dir
         with torch.device("meta"):
             model = LlavaFast(config)
-        model.carried = load_into(model, found.stored, device, stored_as or found.dtype, found.grown)
+        check_tensors(model, found.stored, found.grown)
         model.input_spec = InputSpec.from_dir(
             inputs_dir,
             image_token_id=config.image_token_id,
@@ -300,14 +324,24 @@ def load(
             has_newline=config.has_newline,
             extra_rows=config.patches - config.vision.grid**2,
         )
-        model.image_mean, model.image_std = model.input_spec.image_processor.image_mean, model.input_spec.image_processor.image_std
+        processor = model.input_spec.image_processor
+        model.image_mean, model.image_std, model.image_rescale = processor.image_mean, processor.image_std, processor.rescale
         model.generation_config = read_generation_config(inputs_dir, model.input_spec.tokenizer)
-        model.sidecar = {
-            file.name: file.read_bytes()
-            for file in sorted(inputs_dir.iterdir())
-            if file.suffix in SIDECAR_SUFFIXES and file.name != "config.json" and not file.name.endswith(".index.json")
-        }
+        model.sidecar = {name: (inputs_dir / name).read_bytes() for name in SIDECAR if (inputs_dir / name).is_file()}
+        model.carried = load_into(model, found.stored, place, stored_as or found.dtype, found.grown)
     return model.eval()
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}") from error
+    if place.type not in ("cpu", "cuda") or (place.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device {str(device)!r} is not there: expected 'cpu'" + (" or 'cuda'" if torch.cuda.is_available() else ""))
+    return place
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
@@ -323,7 +357,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
 def read_generation_config(directory: Path, tokenizer: Any) -> GenerationConfig:
     """The checkpoint's; a stop token that it lacks is the tokenizer's."""
     file = directory / "generation_config.json"
-    config = GenerationConfig.from_pretrained(directory) if file.is_file() else GenerationConfig()
+    config = GenerationConfig(**read_json(file)) if file.is_file() else GenerationConfig()
     if config.eos_token_id is None:
         config.eos_token_id = tokenizer.eos_token_id
     if config.pad_token_id is None:
@@ -356,7 +390,8 @@ def hf_state_dict(model: Any) -> dict[str, Tensor]:
 def save_pretrained(model: Any, directory: str | os.PathLike, max_shard_size: str = "5GB") -> None:
     """Write a directory that transformers' LlavaForConditionalGeneration loads: weights, config, tokenizer and processor files.
 
-    Written beside its place and moved there whole, so that an interrupted save leaves what was there.
+    All is written beside its place first, so that an interruption or a full disk leaves what was there; then the files are moved in,
+    weights first and config.json last, and weights of the model that was there are deleted. Other files stay.
     """
     target = Path(directory)
     if target.exists() and not target.is_dir():
@@ -372,13 +407,22 @@ def save_pretrained(model: Any, directory: str | os.PathLike, max_shard_size: st
         }
         for name, content in model.sidecar.items():
             (scratch / name).write_bytes(content)
-        model.generation_config.save_pretrained(scratch)
+        (scratch / "generation_config.json").write_text(model.generation_config.to_json_string())
         (scratch / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-        new = {file.name for file in scratch.iterdir()}
-        for stale in [*target.glob("*.safetensors"), *target.glob("*.safetensors.index.json"), *target.glob("*.bin")]:
-            if stale.name not in new:
-                stale.unlink()
-        for file in sorted(scratch.iterdir(), key=lambda f: f.name == "config.json"):
+        before = _own_weights(target)
+        new = sorted(scratch.iterdir(), key=lambda file: (file.name == "config.json", file.suffix != ".safetensors", file.name))
+        for file in new:
             os.replace(file, target / file.name)
+        for name in before - {file.name for file in new}:
+            (target / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _own_weights(directory: Path) -> set[str]:
+    """Names of the weight files of a transformers directory: single ones, indices, and the shards these name."""
+    names = {"model.safetensors", "pytorch_model.bin"}
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (directory / index).is_file():
+            names |= {index, *read_json(directory / index)["weight_map"].values()}
+    return names

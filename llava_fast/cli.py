@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import sys
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import llava_fast
@@ -61,23 +63,19 @@ def generate(
     sampling = llava_fast.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     request = ask(prompt, image or [], video or [], raw)
     start = time.perf_counter()
-    with notes.status(f"loading {model}"):
+    with notes.status(escape(f"loading {model}")):
         loaded = llava_fast.load(model, device=device, dtype=dtype)
     ready = time.perf_counter()
     if as_json:
         completion = llava_fast.generate(loaded, request, sampling, options)
         print(json.dumps({**dataclasses.asdict(completion), "load_seconds": round(ready - start, 3)}))
         return
-    status = notes.status("reading the pictures")
-    status.start()
-    count, first = 0, 0.0
-    for _, delta, _ in llava_fast.generate(loaded, request, sampling, options, stream=True):
-        if not count:
-            status.stop()
-            first = time.perf_counter() - ready
-        count += 1
+    deltas = llava_fast.generate(loaded, request, sampling, options, stream=True)
+    with notes.status("reading the pictures"):
+        first_delta = next(deltas, (0, "", None))
+    first = time.perf_counter() - ready
+    for _, delta, _ in itertools.chain([first_delta], deltas):
         print(delta, end="", flush=True)
-    status.stop()
     print()
     notes.print(
         f"[dim]loaded in {ready - start:.1f} s, first text after {first:.2f} s, all after {time.perf_counter() - ready:.2f} s[/dim]"
@@ -115,7 +113,7 @@ def ask(prompt: str, images: list[Path], videos: list[Path], raw: bool = False) 
 def train(recipe: Annotated[Path, typer.Argument(help="a YAML or TOML file with the fields of TrainConfig")]) -> None:
     """Train by a recipe; a run that was stopped goes on where it was."""
     result = llava_fast.train(recipe)
-    notes.print(f"{result.steps} steps, checkpoint in {result.output_dir}")
+    notes.print(f"{result.steps} steps, checkpoint in {result.output_dir}", markup=False)
 
 
 @app.command()
@@ -128,11 +126,11 @@ def convert(
     """Write a checkpoint as a directory that transformers loads."""
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty")
-    with notes.status(f"reading {source}"):
+    with notes.status(escape(f"reading {source}")):
         model = llava_fast.load(source, device="cpu", dtype=dtype, vision_tower=vision_tower)
-    with notes.status(f"writing {target}"):
+    with notes.status(escape(f"writing {target}")):
         model.save_pretrained(target)
-    notes.print(f"wrote {target}")
+    notes.print(f"wrote {target}", markup=False)
 
 
 @app.command()
@@ -154,6 +152,8 @@ def info(
     for part, count in facts["parameters"].items():
         table.add_row(f"parameters, {part}", f"{count:,}")
     table.add_row("tokens a picture", str(facts["tokens_per_image"]))
+    for size, tokens in facts["tokens_with_tiles"].items():
+        table.add_row(f"tokens a single picture of {size}", str(tokens))
     table.add_row("context", f"{facts['context']} tokens, {facts['images_per_context']} pictures")
     table.add_row("KV cache", f"{facts['kv_bytes_per_token']:,} bytes a token, {megabytes(facts['kv_bytes_per_image'])} a picture")
     table.add_row("memory, weights", megabytes(facts["memory"]["weights"]))
@@ -179,7 +179,8 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        notes.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+        notes.print("error:", style="red", end=" ")
+        notes.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         notes.print("stopped")

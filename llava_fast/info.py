@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
-from llava_fast.checkpoint import is_carried, opened
+import torch
+
+from llava_fast.checkpoint import check_tensors, derived_tensors, is_carried, opened
+from llava_fast.inputs.prepare import InputSpec, picture_layout
+from llava_fast.models.llava import Llava
 
 PARTS = {
     "vision_tower": "vision tower",
@@ -15,17 +20,21 @@ PARTS = {
     "lm_head": "head",
     "image_newline": "newline",
 }
+SIZES = ((640, 480), (1000, 1000), (1920, 1080))  # of pictures that stand for the others where the number of tiles depends on it
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def describe(path: str | os.PathLike, vision_tower: str | os.PathLike | None = None) -> dict[str, Any]:
     """Architecture, parameters by part, tokens a picture, KV bytes a token, bytes to run. Raises ValueError as `load` does.
 
-    memory: bytes for the weights, for the keys and values of a full context, and for both, in the stored dtype (a GPU) and, for
-    the CPU, with keys and values in fp32.
+    tokens_with_tiles: of single pictures by size, where the checkpoint cuts them into tiles.  memory: bytes for the weights, for the
+    keys and values of a full context, and for both, in the stored dtype (a GPU) and, for the CPU, with keys and values in fp32;
+    activations come on top.
     """
     with opened(path, vision_tower) as found:
         config, stored, dtype = found.config, found.stored, str(found.dtype).removeprefix("torch.")
+        with torch.device("meta"):
+            check_tensors(Llava(config), stored, found.grown)
     vision, decoder = config.vision, config.decoder
     parameters = dict.fromkeys(PARTS.values(), 0)
     carried = 0
@@ -33,8 +42,11 @@ def describe(path: str | os.PathLike, vision_tower: str | os.PathLike | None = N
         count = math.prod(place.shape)
         if is_carried(name, config):
             carried += count
-        elif not (decoder.tied and name == "lm_head.weight"):
+        elif name not in derived_tensors(config):
             parameters[PARTS[name.split(".")[0]]] += count
+    spec = InputSpec(None, None, config.image_token_id, vision.grid, vision.image_size, decoder.max_positions)  # type: ignore[arg-type]
+    spec = replace(spec, has_newline=config.has_newline, extra_rows=config.patches - vision.grid**2).with_options(config.options)
+    a_picture = picture_layout((vision.image_size, vision.image_size), spec, anyres=False).tokens
     kv_values = 2 * decoder.layers * decoder.kv_heads * decoder.head_dim
     weights = sum(parameters.values()) * BYTES[dtype]
     stored_kv, cpu_kv = kv_values * BYTES[dtype], kv_values * max(4, BYTES[dtype])
@@ -48,11 +60,12 @@ def describe(path: str | os.PathLike, vision_tower: str | os.PathLike | None = N
         "dtype": dtype,
         "parameters": {part: count for part, count in parameters.items() if count}
         | {"total": sum(parameters.values()), "carried": carried},
-        "tokens_per_image": config.patches,
+        "tokens_per_image": a_picture,
+        "tokens_with_tiles": {f"{w}x{h}": picture_layout((w, h), spec, anyres=True).tokens for w, h in SIZES} if spec.anyres else {},
         "context": decoder.max_positions,
-        "images_per_context": decoder.max_positions // config.patches,
+        "images_per_context": decoder.max_positions // a_picture,
         "kv_bytes_per_token": stored_kv,
-        "kv_bytes_per_image": stored_kv * config.patches,
+        "kv_bytes_per_image": stored_kv * a_picture,
         "memory": {
             "weights": weights,
             "kv_full_context": stored_kv * decoder.max_positions,

@@ -6,9 +6,9 @@ the converted config says. Differences are named where they are made.
 
 from __future__ import annotations
 
-import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
-    GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaProcessor,
@@ -158,5 +157,5 @@ def _write_inputs(directory: Path, scratch: Path, hf: Any, tokenizer: Any, sigli
         num_additional_image_tokens=0 if siglip else 1,
         chat_template=INTERLEAVE_CHAT_TEMPLATE if qwen else None,
     ).save_pretrained(scratch)
-    file = directory / "generation_config.json"
-    (GenerationConfig(**json.loads(file.read_text())) if file.is_file() else GenerationConfig()).save_pretrained(scratch)
+    if (directory / "generation_config.json").is_file():  # as it is: Vicuna's sets a temperature without sampling
+        shutil.copy(directory / "generation_config.json", scratch)

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from llava_fast.checks import is_int, is_number, require, shown
+
 Tokenisation = Literal["hf", "eval", "train", "demo"]
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
@@ -43,30 +32,26 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        else:
-            object.__setattr__(self, "stop", tuple(self.stop))
-        _require(_is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a positive integer")
-        _require(
-            _is_int(self.min_new_tokens) and 0 <= self.min_new_tokens <= self.max_new_tokens,
+        object.__setattr__(self, "stop", _strings("stop", self.stop))
+        require(is_int(self.max_new_tokens) and self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "a positive integer")
+        require(
+            is_int(self.min_new_tokens) and 0 <= self.min_new_tokens <= self.max_new_tokens,
             "min_new_tokens",
             self.min_new_tokens,
             f"an integer from 0 to max_new_tokens ({self.max_new_tokens})",
         )
-        _require(_is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a finite number >= 0")
-        _require(_is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= 0 (0 is off)")
-        _require(_is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
-        _require(
-            _is_number(self.repetition_penalty) and self.repetition_penalty > 0,
+        require(is_number(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "a finite number >= 0")
+        require(is_number(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        require(is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= 0 (0 is off)")
+        require(is_number(self.min_p) and 0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        require(
+            is_number(self.repetition_penalty) and self.repetition_penalty > 0,
             "repetition_penalty",
             self.repetition_penalty,
             "a finite number > 0",
         )
-        _require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop, "non-empty strings")
-        _require(self.seed is None or _is_int(self.seed), "seed", self.seed, "an integer or None")
-        _require(_is_int(self.n) and self.n >= 1, "n", self.n, "a positive integer")
+        require(self.seed is None or is_int(self.seed), "seed", self.seed, "an integer or None")
+        require(is_int(self.n) and self.n >= 1, "n", self.n, "a positive integer")
 
 
 @dataclass(frozen=True)
@@ -93,18 +78,18 @@ class InputOptions:
     allowed_media_hosts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "allowed_media_hosts", tuple(self.allowed_media_hosts))
-        _require(self.tokenisation in ("hf", "eval", "train", "demo"), "tokenisation", self.tokenisation, "hf, eval, train or demo")
-        _require(self.image_aspect in ("squash", "pad"), "image_aspect", self.image_aspect, "squash or pad")
-        _require(self.num_frames is None or (_is_int(self.num_frames) and self.num_frames >= 1), "num_frames", self.num_frames, ">= 1")
-        _require(
-            self.frames_upbound is None or (_is_int(self.frames_upbound) and self.frames_upbound >= 1),
+        object.__setattr__(self, "allowed_media_hosts", _strings("allowed_media_hosts", self.allowed_media_hosts))
+        require(self.tokenisation in ("hf", "eval", "train", "demo"), "tokenisation", self.tokenisation, "hf, eval, train or demo")
+        require(self.image_aspect in ("squash", "pad"), "image_aspect", self.image_aspect, "squash or pad")
+        require(self.num_frames is None or (is_int(self.num_frames) and self.num_frames >= 1), "num_frames", self.num_frames, ">= 1")
+        require(
+            self.frames_upbound is None or (is_int(self.frames_upbound) and self.frames_upbound >= 1),
             "frames_upbound",
             self.frames_upbound,
             ">= 1",
         )
-        _require(self.fps is None or (_is_number(self.fps) and self.fps > 0), "fps", self.fps, "> 0")
-        _require(self.pool in (None, "average", "bilinear", "max"), "pool", self.pool, "average, bilinear, max or None")
+        require(self.fps is None or (is_number(self.fps) and self.fps > 0), "fps", self.fps, "> 0")
+        require(self.pool in (None, "average", "bilinear", "max"), "pool", self.pool, "average, bilinear, max or None")
 
 
 @dataclass(frozen=True)
@@ -112,6 +97,9 @@ class Request:
     """One question. prompt: a string with <image>/<video> marks in reading order, or chat messages in the Hugging Face form.
 
     images and videos fill the marks of a string prompt (or of messages whose items carry no picture) in order.
+    sampling and inputs, where given, are used instead of those of the call.  priority: higher ones are begun first.
+    deadline: seconds after the call; a request that is not done by then ends with what it has, as an error.
+    Raises ValueError for a field of another kind.
     """
 
     prompt: str | list[dict[str, Any]]
@@ -122,13 +110,23 @@ class Request:
     priority: int = 0
     deadline: float | None = None
 
+    def __post_init__(self) -> None:
+        require(isinstance(self.prompt, (str, list)), "prompt", self.prompt, "a string or a list of chat messages")
+        for name in ("images", "videos"):
+            require(isinstance(getattr(self, name), (list, tuple)), name, getattr(self, name), f"a list of {name}")
+        require(self.sampling is None or isinstance(self.sampling, SamplingParams), "sampling", self.sampling, "SamplingParams or None")
+        require(self.inputs is None or isinstance(self.inputs, InputOptions), "inputs", self.inputs, "InputOptions or None")
+        require(is_int(self.priority), "priority", self.priority, "an integer")
+        require(self.deadline is None or is_number(self.deadline), "deadline", self.deadline, "a finite number of seconds or None")
+        _check_unicode(self.prompt)
+
 
 @dataclass
 class Completion:
     """One answer. finish_reason: 'stop' (a stop token or string), 'length', or 'error' with the message in `error`.
 
     logprobs: float per token where asked for.  timings, in seconds: preprocess, first_token, total.
-    index: which of the request's `n` completions this is.
+    request: the place of the request in the call.  index: which of its `n` completions this is.
     """
 
     text: str = ""
@@ -139,4 +137,28 @@ class Completion:
     visual_tokens: int = 0
     logprobs: list[float] | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    request: int = 0
     index: int = 0
+
+
+def _strings(name: str, value: object) -> tuple[str, ...]:
+    """One string, several, or None for none of them."""
+    if value is None or isinstance(value, str):
+        value = () if value is None else (value,)
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) and item for item in value):
+        raise ValueError(f"{name} must be non-empty strings, got {shown(value)}")
+    return tuple(value)
+
+
+def _check_unicode(value: object) -> None:
+    """Half a surrogate pair is a Python string but no text: tokenizers fail on it with a TypeError."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt is not valid text: half a surrogate pair at character {error.start}") from None
+    elif isinstance(value, Mapping):
+        _check_unicode(list(value.values()))
+    elif isinstance(value, list):
+        for item in value:
+            _check_unicode(item)

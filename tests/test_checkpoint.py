@@ -13,6 +13,7 @@ import tiny
 import torch
 from originals import make_original
 from padded import pixels
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_models import assert_close, batch_of
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -150,6 +151,73 @@ def test_faulty_directories(checkpoints, tmp_path):
         lf.load(tmp_path)
 
 
+def test_saving_over_another_model(checkpoints, tmp_path):
+    """The weights of the model that was there go, whatever their number of shards; files that are not the model's stay."""
+    foreign = {"adapter_model.safetensors": b"not ours", "training_args.bin": b"nor this", "metrics.jsonl": b"{}"}
+    for name, content in foreign.items():
+        (tmp_path / name).write_bytes(content)
+    first, second = lf.load(checkpoints["qwen"]), lf.load(checkpoints["qwen_untied"])
+    for model, size in ((first, "100KB"), (second, "5GB"), (first, "200KB")):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+        again = lf.load(tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+        _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all((tmp_path / name).read_bytes() == content for name, content in foreign.items())
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+def test_a_full_disk_leaves_the_old_model(checkpoints, tmp_path, monkeypatch):
+    first, second = lf.load(checkpoints["qwen"]), lf.load(checkpoints["qwen_untied"])
+    first.save_pretrained(tmp_path, max_shard_size="100KB")
+
+    def full(*args, **kw):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_torch_state_dict", full)
+    with pytest.raises(OSError, match="No space left"):
+        second.save_pretrained(tmp_path)
+    assert lf.load(tmp_path).lm_head is None
+
+
+def test_only_input_files_travel(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["qwen"], tmp_path / "model")
+    for name in ("trainer_state.json", "skipped.txt", "results.json"):
+        (tmp_path / "model" / name).write_text("{}")
+    lf.load(tmp_path / "model").save_pretrained(tmp_path / "out")
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {f.name for f in checkpoints["qwen"].iterdir()}
+
+
+def test_the_rescale_factor_reaches_the_model(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["qwen"], tmp_path / "model")
+    file = tmp_path / "model" / "processor_config.json"
+    config = json.loads(file.read_text())
+    config["image_processor"] |= {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3}
+    file.write_text(json.dumps(config))
+    model = lf.load(tmp_path / "model")
+    views = torch.randint(0, 256, (1, 3, 42, 42), dtype=torch.uint8)
+    picture = Image.fromarray(views[0].permute(1, 2, 0).numpy())
+    pixels_of_hf = AutoProcessor.from_pretrained(tmp_path / "model").image_processor(picture, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        assert torch.equal(model.features(views), model.features(pixels_of_hf))
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu:0", "cuda:99"])
+def test_devices_that_are_not_there(checkpoints, device):
+    with pytest.raises(ValueError, match=device):
+        lf.load(checkpoints["qwen"], device=device)
+
+
+def test_broken_json_files(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["qwen"], tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="generation_config.json must hold a JSON object, got a list"):
+        lf.load(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="config.json must hold a JSON object"):
+        lf.load(tmp_path / "model")
+
+
 def test_missing_shard(checkpoints, tmp_path):
     lf.load(checkpoints["qwen"]).save_pretrained(tmp_path, max_shard_size="100KB")
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
@@ -189,7 +257,7 @@ def test_interrupted_save_loses_nothing(checkpoints, tmp_path, monkeypatch):
 
     with torch.no_grad():
         model.language_model.norm.weight.add_(1.0)
-    monkeypatch.setattr(model.generation_config, "save_pretrained", fail)
+    monkeypatch.setattr(type(model.generation_config), "to_json_string", fail)
     with pytest.raises(KeyboardInterrupt):
         model.save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
@@ -229,6 +297,15 @@ def test_original_directories(directory, hf, kind, tmp_path, tower):
     assert_close(logits(model, inputs)[kept], logits(theirs.eval(), inputs)[kept])
     again = lf.load(tmp_path / "converted")
     assert torch.equal(logits(again, inputs), logits(model, inputs)) and again.config.options == model.config.options
+
+
+def test_original_generation_config(checkpoints, tmp_path):
+    """Vicuna's sets a temperature without sampling, which transformers refuses to save."""
+    path = make_original(checkpoints["llama"], tmp_path / "original")
+    (path / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2}')
+    model = lf.load(path)
+    model.save_pretrained(tmp_path / "converted")
+    assert lf.load(tmp_path / "converted").generation_config.temperature == 0.9 and model.eos_ids == (2,)
 
 
 def test_original_newline(checkpoints, tmp_path):

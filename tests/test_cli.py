@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 
+import av
 import numpy as np
 import pytest
 from originals import make_original
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
 import llava_fast as lf
@@ -68,6 +70,56 @@ def test_errors_are_one_line(checkpoints, monkeypatch, capsys, arguments, messag
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_names_with_brackets(checkpoints, monkeypatch, capsys):
+    """What a message quotes is not markup."""
+    monkeypatch.setattr(sys, "argv", ["llava-fast", "generate", "-m", str(checkpoints["qwen"]), "-i", "photo[/x][b].jpg", "What?"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "photo[/x][b].jpg" in capsys.readouterr().err
+
+
+def make_video(path, frames=12):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        for i in range(frames):
+            picture = np.full((64, 64, 3), 20 * i, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def answer(monkeypatch, capsys, *arguments):
+    monkeypatch.setattr(sys, "argv", ["llava-fast", "generate", "--json", "--max-new-tokens", "3", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert not exit.value.code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_video_and_its_options(checkpoints, pictures, tmp_path, monkeypatch, capsys):
+    make_video(tmp_path / "c.mp4")
+    model = ["-m", checkpoints["qwen"], "--video", tmp_path / "c.mp4"]
+    assert answer(monkeypatch, capsys, *model, "--num-frames", 5, "What?")["visual_tokens"] == 5 * 9
+    assert answer(monkeypatch, capsys, *model, "--fps", 2, "What?")["visual_tokens"] == 6 * 9
+    assert answer(monkeypatch, capsys, *model, "--num-frames", 5, "--pool", "bilinear", "What?")["visual_tokens"] == 5 * 4
+    both = answer(monkeypatch, capsys, *model, "-i", pictures[0], "-i", pictures[1], "--num-frames", 2, "What do they share?")
+    assert both["visual_tokens"] == 4 * 9
+
+
+def test_raw_order_and_aspect(checkpoints, pictures, monkeypatch, capsys):
+    model = lf.load(checkpoints["qwen"])
+    base = ["-m", checkpoints["qwen"], "-i", pictures[0]]
+    raw = answer(monkeypatch, capsys, *base, "--raw", "<image>What?")
+    assert raw["token_ids"] == lf.generate(model, lf.Request("<image>What?", images=[str(pictures[0])]), max_new_tokens=3).token_ids
+    messages = ask("Is <image> red?", [pictures[0]], [])
+    for flag, options in ([], {}), (["--keep-order"], {"keep_order": True}), (["--image-aspect", "pad"], {"image_aspect": "pad"}):
+        expected = lf.generate(model, messages, max_new_tokens=3, **options)
+        assert answer(monkeypatch, capsys, *base, *flag, "Is <image> red?")["token_ids"] == expected.token_ids
+    # The tiny model's pictures are 60 x 40, a tile 42: one base view and one row of two tiles.
+    assert answer(monkeypatch, capsys, *base, "--anyres", "What?")["visual_tokens"] > 9
+
+
 def test_pictures_stand_at_their_marks():
     ((message,),) = [ask("Is <image> before <image>?", ["a.png", "b.png"], [])]
     assert [item.get("image", item.get("text")) for item in message["content"]] == ["Is ", "a.png", " before ", "b.png", "?"]
@@ -83,13 +135,28 @@ def test_convert(checkpoints, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+def test_info_with_tiles_and_faults(checkpoints, tmp_path):
+    tiles = {"mm_patch_merge_type": "spatial_unpad", "image_aspect_ratio": "anyres", "image_grid_pinpoints": [[42, 84], [84, 42], [84, 84]]}
+    path = make_original(checkpoints["qwen"], tmp_path / "original", **tiles)
+    facts = describe(path)
+    assert facts["tokens_per_image"] == 10  # with its newline
+    model = lf.load(path)
+    picture = Image.fromarray(np.zeros((48, 64, 3), dtype=np.uint8)).resize((640, 480))
+    completion = lf.generate(model, lf.Request("<image>What?", images=[picture]), max_new_tokens=1)
+    assert facts["tokens_with_tiles"]["640x480"] == completion.visual_tokens
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "model.surprise": tensors["model.norm.weight"].clone()}, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 unexpected: model.surprise"):
+        describe(path)
+
+
 def test_info(kind, directory, tmp_path, capsys, monkeypatch):
     facts = describe(directory)
     model = lf.load(directory)
     parameters = sum(p.numel() for p in model.parameters())
     assert facts["parameters"]["total"] == parameters
     assert facts["parameters"]["carried"] == sum(t.numel() for t in model.carried.values())
-    assert facts["tokens_per_image"] == 9 and facts["memory"]["weights"] == 4 * parameters
+    assert facts["tokens_per_image"] == 9 and facts["tokens_with_tiles"] == {} and facts["memory"]["weights"] == 4 * parameters
     decoder = model.config.decoder
     assert facts["kv_bytes_per_token"] == 2 * 4 * decoder.layers * decoder.kv_heads * decoder.head_dim
     assert describe(make_original(directory, tmp_path / "original"))["parameters"] == facts["parameters"]

@@ -86,6 +86,36 @@ def test_generation_config_of_the_call(directory, hf):
     assert torch.equal(model.generate(**inputs, generation_config=config), hf.generate(**inputs, generation_config=copy.copy(config)))
 
 
+def test_layers_of_generation_settings(directory, hf):
+    """The call over its config over the checkpoint's: the stop token is the checkpoint's where nobody else names one."""
+    model = lf.load(directory)
+    inputs = inputs_for(model, BATCHES["single"])
+    free = model.generate(**inputs, max_new_tokens=8, eos_token_id=[])[0].tolist()
+    model.generation_config.eos_token_id = hf.generation_config.eos_token_id = free[-4]
+    config = GenerationConfig(max_new_tokens=8)
+    ours = model.generate(**inputs, generation_config=config)
+    assert torch.equal(ours, hf.generate(**inputs, generation_config=copy.copy(config))) and ours.shape[1] < len(free)
+    assert model.generate(**inputs, generation_config=config, max_new_tokens=1).shape[1] == len(free) - 7
+
+
+@pytest.mark.parametrize("fields", [dict(num_beams=4), dict(no_repeat_ngram_size=2), dict(penalty_alpha=0.5, top_k=4)])
+def test_what_a_generation_config_may_not_ask(checkpoints, fields):
+    model = lf.load(checkpoints["qwen"])
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        model.generate(torch.tensor([[5]]), generation_config=GenerationConfig(**fields))
+    model.generation_config = GenerationConfig(**fields)
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        model.generate(torch.tensor([[5]]))
+
+
+def test_embeddings_with_a_penalty(checkpoints):
+    model = lf.load(checkpoints["qwen_untied"])
+    embeds = model.language_model.embed_tokens(torch.tensor([[5, 6]]))
+    assert model.generate(inputs_embeds=embeds, max_new_tokens=5, repetition_penalty=1.3, eos_token_id=torch.tensor([2])).shape == (1, 5)
+    with pytest.raises(ValueError, match="give pixel_values with input_ids"):
+        model(inputs_embeds=embeds, pixel_values=pixels(1))
+
+
 def test_processor_outputs_are_accepted_as_they_come(directory, hf, processor):
     import numpy as np
     from PIL import Image

@@ -147,7 +147,75 @@ def test_priorities_and_deadlines(checkpoints, monkeypatch):
     assert late.finish_reason == "error" and "deadline of 0.0 s" in late.error
 
 
-def test_logprobs(checkpoints, hf=None):
+def test_a_deadline_in_the_middle(checkpoints, monkeypatch):
+    """What there is comes back, marked as an error; in a stream the last delta is the message."""
+    from llava_fast.engine import generate as engine
+
+    model = lf.load(checkpoints["qwen_untied"])
+    monkeypatch.setattr(engine, "_expired", lambda request, begun: request.deadline is not None and next(ticks) > 4)
+    request = lf.Request("What?", deadline=1.0)
+    ticks = iter(range(100))
+    completion = lf.generate(model, request, max_new_tokens=50)
+    assert completion.finish_reason == "error" and "deadline of 1.0 s passed" in completion.error and 0 < len(completion.token_ids) < 9
+    ticks = iter(range(100))
+    *_, (index, delta, finish) = lf.generate(model, request, max_new_tokens=50, stream=True)
+    assert (index, delta, finish) == (0, completion.error, "error")
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        (7, "expected a string, a list of chat messages or a Request, got int"),
+        (None, "got NoneType"),
+        ([{"content": "no role"}], "role"),
+        ([{"role": "user", "content": "half a pair \ud800"}], "half a surrogate pair at character 12"),
+        ("\ud800", "half a surrogate pair"),
+    ],
+)
+def test_items_that_are_no_requests(checkpoints, item, message):
+    model = lf.load(checkpoints["qwen"])
+    first, bad, last = lf.generate(model, ["Hi", item, "Ho"], max_new_tokens=2)
+    assert bad.finish_reason == "error" and message in bad.error and "object at 0x" not in bad.error
+    assert first.token_ids and last.token_ids and [c.request for c in (first, bad, last)] == [0, 1, 2]
+
+
+def test_whose_each_completion_is(checkpoints):
+    model = lf.load(checkpoints["qwen_untied"])
+    flat = lf.generate(model, ["Hi", "", "Ho"], n=2, temperature=1.0, max_new_tokens=2)
+    assert [(c.request, c.index, c.finish_reason == "error") for c in flat] == [
+        (0, 0, False),
+        (0, 1, False),
+        (1, 0, True),
+        (2, 0, False),
+        (2, 1, False),
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(images=Image.new("RGB", (2, 2))), "images must be a list of images, got Image"),
+        (dict(images="photo.jpg"), "images must be a list of images, got 'photo.jpg'"),
+        (dict(videos=None), "videos must be a list of videos, got None"),
+        (dict(sampling={}), "sampling must be SamplingParams or None, got dict"),
+        (dict(priority=None), "priority must be an integer, got None"),
+        (dict(deadline="1"), "deadline must be a finite number of seconds or None, got '1'"),
+        (dict(prompt=3), "prompt must be a string or a list of chat messages, got 3"),
+    ],
+)
+def test_requests_are_checked_when_made(fields, message):
+    with pytest.raises(ValueError, match=message):
+        lf.Request(**{"prompt": "What?", **fields})
+
+
+def test_strings_and_none_where_several_strings_are_meant():
+    assert lf.SamplingParams(stop="x").stop == ("x",) and lf.SamplingParams(stop=None).stop == ()
+    assert lf.InputOptions(allowed_media_hosts="example.com").allowed_media_hosts == ("example.com",)
+    with pytest.raises(ValueError, match="temperature must be a finite number >= 0, got object"):
+        lf.SamplingParams(temperature=object())
+
+
+def test_logprobs(checkpoints):
     model = lf.load(checkpoints["qwen_untied"], dtype=torch.float64)
     completion = lf.generate(model, "What are these?", max_new_tokens=6, logprobs=True)
     ids = model.tokenizer("What are these?").input_ids
@@ -222,8 +290,6 @@ def test_bad_options(checkpoints, settings, message):
         lf.generate(model, "What?", **settings)
     with pytest.raises(ValueError, match="requests must be a string"):
         lf.generate(model, 7)
-    with pytest.raises(ValueError, match="request 1 must be"):
-        lf.generate(model, ["a", 7])
 
 
 @pytest.mark.parametrize("text", ["plain words, more of them", "日本語 and émigré ☕🙂 mixed", "tabs\tand\nnewlines  double"])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from llava_fast.batch import IGNORE, Layout, PackedBatch, Sample, pack
 from llava_fast.engine.decode import Sequence, decode, make_generator
@@ -33,6 +34,8 @@ def pack_padded(
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
+    if inputs_embeds is not None and pixel_values is not None:
+        raise ValueError("give pixel_values with input_ids: in inputs_embeds the pictures' places are not known")
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
     B, T = given.shape[:2]
@@ -99,26 +102,30 @@ def forward(
 # transformers' defaults for what neither the call nor the checkpoint sets.
 DEFAULTS = dict(do_sample=False, temperature=1.0, top_k=50, top_p=1.0, min_p=None, repetition_penalty=1.0, min_new_tokens=None)
 DEFAULTS |= dict(num_return_sequences=1, max_new_tokens=None, max_length=None, eos_token_id=None, pad_token_id=None)
-# Accepted because they change no token here.
+# Accepted with these values alone: they change no token here.
 WITHOUT_EFFECT = {"use_cache": True, "num_beams": 1, "return_dict_in_generate": False, "output_scores": False}
+# Of a generation_config: what is no setting of this call, or is told by the model itself.
+NOT_SETTINGS = {"bos_token_id", "transformers_version", "_from_model_config", "cache_implementation", "decoder_start_token_id"}
 
 
 def settings(model: Any, shorthand: dict[str, Any]) -> dict[str, Any]:
-    """The call's arguments over its generation_config over the checkpoint's over transformers' defaults."""
-    base = shorthand.pop("generation_config", None) or model.generation_config
-    for name, harmless in WITHOUT_EFFECT.items():
-        if name in shorthand and shorthand.pop(name) not in (harmless, None):
-            raise ValueError(f"generate takes {name}={harmless} only")
-    unknown = sorted(set(shorthand) - set(DEFAULTS) - {"seed"})
-    if unknown:
-        raise ValueError(f"generate does not implement {', '.join(unknown)}; it takes {', '.join(sorted(DEFAULTS))} and seed")
-    chosen = {}
-    for name, default in DEFAULTS.items():
-        value = shorthand.get(name)
-        value = getattr(base, name, None) if value is None else value
-        chosen[name] = default if value is None else value
-    chosen["seed"] = shorthand.get("seed")
-    return chosen
+    """The call's arguments over its generation_config over the checkpoint's over transformers' defaults.
+
+    Raises ValueError naming what none of them may ask for here.
+    """
+    own, base = shorthand.pop("generation_config", None) or GenerationConfig(), model.generation_config
+    layers = [{name: value for name, value in shorthand.items() if value is not None}]
+    layers += [{k: v for k, v in config.to_diff_dict().items() if k not in NOT_SETTINGS and v is not None} for config in (own, base)]
+    for layer in layers:
+        for name, harmless in WITHOUT_EFFECT.items():
+            if layer.get(name, harmless) != harmless:
+                raise ValueError(f"generate takes {name}={harmless} only")
+        unknown = sorted(set(layer) - set(DEFAULTS) - set(WITHOUT_EFFECT) - {"seed"})
+        if unknown:
+            raise ValueError(f"generate does not implement {', '.join(unknown)}; it takes {', '.join(sorted(DEFAULTS))} and seed")
+    # An argument that is named is meant, an empty eos_token_id too; None leaves it to the next layer, as in transformers.
+    chosen = {name: next((layer[name] for layer in layers if name in layer), default) for name, default in DEFAULTS.items()}
+    return {**chosen, "seed": shorthand.get("seed")}
 
 
 @torch.no_grad()
@@ -142,6 +149,8 @@ def generate(
     lengths = batch.cu_seqlens.diff().tolist()
 
     limit = model.config.decoder.max_positions
+    if max(lengths) >= limit:
+        raise ValueError(f"the prompt takes {max(lengths)} tokens, which leaves none of the context's {limit} for an answer")
     if chosen["max_new_tokens"] is not None:
         max_new = chosen["max_new_tokens"]
     elif chosen["max_length"] is not None:
@@ -149,9 +158,7 @@ def generate(
         if max_new < 1:
             raise ValueError(f"the input is {T} tokens long but max_length is {chosen['max_length']}")
     else:
-        max_new = min(20, limit - T)
-    if max(lengths) >= limit:
-        raise ValueError(f"the prompt takes {max(lengths)} tokens, which leaves none of the context's {limit} for an answer")
+        max_new = min(20, limit - max(lengths))
     params = SamplingParams(
         max_new_tokens=max_new,
         min_new_tokens=chosen["min_new_tokens"] or 0,
@@ -163,7 +170,7 @@ def generate(
         seed=chosen["seed"],
     )
     eos = chosen["eos_token_id"]
-    eos_ids = tuple([eos] if isinstance(eos, int) else eos or ())
+    eos_ids = () if eos is None else tuple(torch.as_tensor(eos, dtype=torch.int64).flatten().tolist())
     pad = chosen["pad_token_id"] if chosen["pad_token_id"] is not None else (eos_ids[0] if eos_ids else 0)
 
     n = chosen["num_return_sequences"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from llava_fast.batch import pack
+from llava_fast.checks import closest
 from llava_fast.engine.decode import Sequence, decode, make_generator
 from llava_fast.engine.text import TextStream
 from llava_fast.inputs.prepare import Prepared, prepare
@@ -46,43 +46,47 @@ def split_options(
     ours = {f.name for f in dataclasses.fields(SamplingParams)}, {f.name for f in dataclasses.fields(InputOptions)}
     for name in shorthand:
         if name not in ours[0] | ours[1]:
-            close = difflib.get_close_matches(name, ours[0] | ours[1], n=1)
-            raise ValueError(f"generate has no option {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ValueError(f"generate has no option {name!r}{closest(name, ours[0] | ours[1])}")
     return (
         dataclasses.replace(sampling, **{k: v for k, v in shorthand.items() if k in ours[0]}),
         dataclasses.replace(inputs, **{k: v for k, v in shorthand.items() if k in ours[1]}),
     )
 
 
-def as_requests(requests: Any) -> tuple[list[Request], bool]:
-    """-> (requests, whether a single one was given). A list of messages (mappings with a role) is one request."""
+def as_requests(requests: Any) -> tuple[list[Request | ValueError], bool]:
+    """-> (requests, whether a single one was given); what is no request is its ValueError. A list of mappings is one chat."""
 
     def is_chat(item: Any) -> bool:
-        return isinstance(item, list) and bool(item) and all(isinstance(m, dict) and "role" in m for m in item)
+        return isinstance(item, list) and bool(item) and all(isinstance(message, dict) for message in item)
 
-    if isinstance(requests, Request):
-        return [requests], True
-    if isinstance(requests, str) or is_chat(requests):
-        return [Request(requests)], True
+    def as_request(item: Any) -> Request | ValueError:
+        try:
+            if isinstance(item, str) or is_chat(item):
+                return Request(item)
+        except ValueError as error:
+            return error
+        expected = "expected a string, a list of chat messages or a Request"
+        return item if isinstance(item, Request) else ValueError(f"{expected}, got {type(item).__name__}")
+
+    if isinstance(requests, (str, Request)) or is_chat(requests):
+        return [as_request(requests)], True
     if not isinstance(requests, (list, tuple)):
         raise ValueError(
             f"requests must be a string, a list of chat messages, a Request, or a list of these, got {type(requests).__name__}"
         )
-    out = []
-    for i, item in enumerate(requests):
-        if not (isinstance(item, (str, Request)) or is_chat(item)):
-            raise ValueError(f"request {i} must be a string, a list of chat messages or a Request, got {type(item).__name__}")
-        out.append(item if isinstance(item, Request) else Request(item))
-    return out, False
+    return [as_request(item) for item in requests], False
 
 
-def run(model: Any, requests: list[Request], sampling: SamplingParams, inputs: InputOptions, single: bool) -> Iterator[tuple[Delta, Any]]:
+def run(
+    model: Any, requests: list[Request | ValueError], sampling: SamplingParams, inputs: InputOptions, single: bool
+) -> Iterator[tuple[Delta, list[Completion] | None]]:
     """Serve all requests; yields (request index, text delta, finish reason) and, at a request's end, its completions.
 
     Requests go by priority, then in order. With `single`, a bad request raises; in a list it comes back as an error.
     """
     begun = time.perf_counter()
-    order = sorted(range(len(requests)), key=lambda i: -requests[i].priority)
+    priority = [item.priority if isinstance(item, Request) else 0 for item in requests]
+    order = sorted(range(len(requests)), key=lambda i: -priority[i])
     waiting: Job | None = None
     while order or waiting:
         jobs: list[Job] = []
@@ -96,8 +100,8 @@ def run(model: Any, requests: list[Request], sampling: SamplingParams, inputs: I
                     if single:
                         raise
                     message = f"request {index}: {error}"
-                    failed = Completion(finish_reason="error", error=message, timings={"total": time.perf_counter() - begun})
-                    yield (index, message, "error"), [failed]
+                    timings = {"total": time.perf_counter() - begun}
+                    yield (index, message, "error"), [Completion(finish_reason="error", error=message, timings=timings, request=index)]
                     continue
             if jobs and rows + waiting.rows > MAX_ROWS:
                 break
@@ -108,13 +112,15 @@ def run(model: Any, requests: list[Request], sampling: SamplingParams, inputs: I
             yield from _run_pack(model, jobs, begun)
 
 
-def _admit(model: Any, index: int, request: Request, sampling: SamplingParams, inputs: InputOptions, begun: float) -> Job:
+def _admit(model: Any, index: int, request: Request | ValueError, sampling: SamplingParams, inputs: InputOptions, begun: float) -> Job:
     """Check and prepare one request on the CPU. Raises ValueError."""
+    if isinstance(request, ValueError):
+        raise request
     params = request.sampling or sampling
     if _expired(request, begun):
         raise ValueError(f"its deadline of {request.deadline} s passed before it was begun")
     start = time.perf_counter()
-    prepared = prepare(request, request.inputs or inputs, model.input_spec)
+    prepared = prepare(request, inputs, model.input_spec)
     limit, length = model.config.decoder.max_positions, len(prepared.sample)
     if length >= limit:
         raise ValueError(f"the prompt takes {length} tokens, which leaves none of the context's {limit} for an answer")
@@ -127,7 +133,7 @@ def _expired(request: Request, begun: float) -> bool:
     return request.deadline is not None and time.perf_counter() - begun > request.deadline
 
 
-def _run_pack(model: Any, jobs: list[Job], begun: float) -> Iterator[tuple[Delta, Any]]:
+def _run_pack(model: Any, jobs: list[Job], begun: float) -> Iterator[tuple[Delta, list[Completion] | None]]:
     eos_ids = model.eos_ids
     owner: dict[int, tuple[Job, int]] = {}
     sequences: list[Sequence] = []
@@ -153,7 +159,8 @@ def _run_pack(model: Any, jobs: list[Job], begun: float) -> Iterator[tuple[Delta
             elif sequence.finish_reason is None and _expired(job.request, begun):
                 sequence.finish_reason = "error"
             if sequence.finish_reason is not None:
-                delta += text.finish()
+                rest = text.finish()
+                delta = _late(job) if sequence.finish_reason == "error" else delta + rest
             finished = all(other.finish_reason for other in job.sequences)
             if finished:
                 job.timings["total"] = time.perf_counter() - begun
@@ -161,18 +168,22 @@ def _run_pack(model: Any, jobs: list[Job], begun: float) -> Iterator[tuple[Delta
                 yield (job.index, delta, sequence.finish_reason), _completions(job) if finished else None
 
 
+def _late(job: Job) -> str:
+    return f"request {job.index}: its deadline of {job.request.deadline} s passed"
+
+
 def _completions(job: Job) -> list[Completion]:
-    late = f"request {job.index}: its deadline of {job.request.deadline} s passed"
     return [
         Completion(
             text=text.text,
             token_ids=sequence.tokens,
             finish_reason=sequence.finish_reason,
-            error=late if sequence.finish_reason == "error" else None,
+            error=_late(job) if sequence.finish_reason == "error" else None,
             prompt_tokens=len(job.prepared.sample),
             visual_tokens=job.prepared.sample.visual_tokens,
             logprobs=sequence.logprobs if job.params.logprobs else None,
             timings=dict(job.timings),
+            request=job.index,
             index=n,
         )
         for n, (sequence, text) in enumerate(zip(job.sequences, job.texts, strict=True))
@@ -190,8 +201,9 @@ def generate(
     """Answer one request or a list of them.
 
     requests: a string with <image>/<video> marks, a list of chat messages, a `Request`, or a list of these.
-    shorthand: fields of SamplingParams and InputOptions.
-    Returns a Completion, or a list in the order of the requests (with n > 1, the n completions of each follow one another).
+    shorthand: fields of SamplingParams and InputOptions, over those of `sampling` and `inputs`; a request's own are used instead.
+    Returns a Completion, or a list in the order of the requests (with n > 1, the n completions of each follow one another, a bad
+    request has one; `Completion.request` says whose each is).
     stream: an iterator of (request index, text delta, finish_reason or None); an error's delta is its message.
     Raises ValueError for a bad option or a bad single request; in a list, a bad request is a Completion with finish_reason
     'error' and the others are served.
@@ -199,9 +211,9 @@ def generate(
     sampling, inputs = split_options(sampling, inputs, shorthand)
     items, single = as_requests(requests)
     if stream:
-        many = [i for i, item in enumerate(items) if (item.sampling or sampling).n > 1]
-        if many:
-            raise ValueError(f"stream=True takes n=1, but request {many[0]} asks for n={(items[many[0]].sampling or sampling).n}")
+        for i, item in enumerate(items):
+            if isinstance(item, Request) and (n := (item.sampling or sampling).n) > 1:
+                raise ValueError(f"stream=True takes n=1, but request {i} asks for n={n}")
         return (delta for delta, _ in run(model, items, sampling, inputs, single))
     results: dict[int, list[Completion]] = {}
     for (index, _, _), completions in run(model, items, sampling, inputs, single):

@@ -57,7 +57,7 @@ def choose(
             continue
         row = logits_SV[s]
         if p.repetition_penalty != 1:
-            row = penalise(row, torch.tensor(sorted({*prompt, *new}), device=row.device), p.repetition_penalty)
+            row = penalise(row, torch.tensor(sorted({*prompt, *new}), dtype=torch.int64, device=row.device), p.repetition_penalty)
         if shortened:
             row = row.index_fill(0, eos_ids, -torch.inf)
         picks[s] = row.argmax() if p.temperature == 0 else torch.multinomial(warp(row, p).softmax(-1), 1, generator=generators[s])[0]

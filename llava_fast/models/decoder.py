@@ -149,6 +149,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
+        self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}  # made at first use: on the meta device they would be nothing
 
     def forward(
         self,
@@ -163,7 +164,9 @@ class Decoder(nn.Module):
 
         The last layer works on the needed rows alone, save its keys and values; the result is that of working on all.
         """
-        inv_freq, scaling = inverse_frequencies(self.config, x_TD.device)
+        if x_TD.device not in self._frequencies:
+            self._frequencies[x_TD.device] = inverse_frequencies(self.config, x_TD.device)
+        inv_freq, scaling = self._frequencies[x_TD.device]
         tables = rope_tables(positions_T, inv_freq, scaling, x_TD.dtype)
         if cache is None or cache.prefilling:
             queries = Queries(cu_seqlens, cu_seqlens, None, None, prefix)

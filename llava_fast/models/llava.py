@@ -23,7 +23,7 @@ VIEWS_A_PASS = 8  # views in the tower at a time without gradients: bounds its a
 class Llava(nn.Module):
     """Parameters are named as in transformers' LlavaForConditionalGeneration without its leading 'model.'.
 
-    image_mean, image_std: how uint8 views are normalised.
+    image_mean, image_std, image_rescale: how uint8 views are normalised.
     """
 
     def __init__(self, config: LlavaConfig):
@@ -31,6 +31,7 @@ class Llava(nn.Module):
         self.config = config
         self.image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
         self.image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+        self.image_rescale: float = 1 / 255
         self.vision_tower = VisionTower(config)
         self.multi_modal_projector = Projector(config)
         self.language_model = Decoder(config.decoder)
@@ -62,11 +63,12 @@ class Llava(nn.Module):
         if tuple(views.shape[1:]) != (3, size, size):
             raise ValueError(f"views must be [N, 3, {size}, {size}], got {list(views.shape)}")
         if views.dtype == torch.uint8:
-            views = normalise(views, self.image_mean, self.image_std)
+            views = normalise(views, self.image_mean, self.image_std, self.image_rescale)
         views = views.to(self.compute_dtype)
-        if torch.is_grad_enabled() or views.shape[0] <= VIEWS_A_PASS:
+        if torch.is_grad_enabled() and (views.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())):
             return self.vision_tower(views)
-        return torch.cat([self.vision_tower(chunk) for chunk in views.split(VIEWS_A_PASS)])
+        with torch.no_grad():  # a frozen tower in training too: nothing of it is kept for a backward pass
+            return torch.cat([self.vision_tower(chunk) for chunk in views.split(VIEWS_A_PASS)])
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """The packed embedding buffer [T, D]: text rows looked up, visual rows written by the projector."""
