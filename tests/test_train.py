@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import tiny
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -314,6 +316,59 @@ def test_a_killed_process_goes_on_bit_for_bit(directory, four, tmp_path):
     assert resumed.losses == whole.losses and resumed.steps == 10
     a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def half_done(checkpoints, tmp_path):
+    """Fields of a run over a folder of its own that was interrupted after four of ten steps, its tower frozen."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for i in range(3):
+        picture(i).save(folder / f"{i}.png")
+    data = write(folder, [record(i, ANSWERS[i], image=f"{i}.png") for i in range(2)])
+
+    def stop(metrics):
+        if metrics.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    settings = fields(checkpoints["qwen"], data, tmp_path / "run", lr_vision_tower="frozen")
+    with pytest.raises(KeyboardInterrupt):
+        lf.train(settings, on_step=stop)
+    return settings
+
+
+def test_another_base_model_is_refused_on_resume(half_done, tmp_path):
+    other = tiny.make_checkpoint(tmp_path / "other", "qwen", seed=1)
+    with pytest.raises(ValueError, match="base model: .*restore them or choose another output_dir"):
+        lf.train({**half_done, "model": str(other)})
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("change", [{"answer": "no"}, {"image": "2.png"}])
+def test_other_records_of_the_same_sizes_are_refused_on_resume(half_done, change):
+    folder = Path(half_done["data"]).parent
+    write(folder, [record(0, **{"answer": "yes", "image": "0.png", **change}), record(1, "no", image="1.png")])
+    with pytest.raises(ValueError, match="data set: '2 samples, contents"):
+        lf.train(half_done)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_moved_files_are_the_same_data_and_model(half_done, tmp_path, absolute):
+    folder = (tmp_path / "here").rename(tmp_path / "there")
+    if absolute:
+        write(folder, [record(i, ANSWERS[i], image=str(folder / f"{i}.png")) for i in range(2)])
+    model = shutil.copytree(half_done["model"], tmp_path / "model")
+    result = lf.train({**half_done, "model": str(model), "data": str(folder / "data.json")})
+    assert result.steps == 10 and result.samples == 12
+
+
+def test_unreadable_media_alone_are_no_run(checkpoints, tmp_path):
+    (tmp_path / "0.png").write_bytes(b"nothing")
+    data = write(tmp_path, [record(0, "yes", image="0.png")])
+    for steps in ({"max_steps": 3}, {"max_steps": None, "epochs": 1}):
+        with pytest.raises(ValueError, match="a whole epoch gave nothing to learn"):
+            lf.train(fields(checkpoints["qwen"], data, tmp_path / "run", on_bad_record="skip", **steps))
+        assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
 def test_rows_of_the_demo_budget_hold_several_samples(checkpoints, four, tmp_path):

@@ -7,6 +7,7 @@ import json
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ VOCABULARY = 50
 class Texts:
     """Random texts of random lengths, the first three tokens not supervised; `broken` ones cannot be loaded."""
 
-    def __init__(self, count=20, broken=()):
+    def __init__(self, count=20, broken=(), fingerprint=0):
+        self.fingerprint = fingerprint
         self.tokens = np.random.default_rng(0).integers(5, 30, count)
         self.views = np.zeros(count, dtype=np.int64)
         self.broken = broken
@@ -300,6 +302,42 @@ def test_broken_samples_stop_the_run_or_are_listed(config):
     assert result.samples == 3 * 18
 
 
+@pytest.mark.parametrize("steps", [{"epochs": 1}, {"epochs": 3}, {"max_steps": 5}, {"max_steps": 5, "rows_per_step": 100}])
+def test_an_epoch_without_a_label_ends_the_run(config, steps):
+    settings = change(config, on_bad_record="skip", **steps)
+    with pytest.raises(ValueError, match=r"none of its samples could be read; see .*skipped\.txt"):
+        fit(Bigram(), Texts(broken=range(20)), settings)
+    assert len(Path(settings.output_dir, "skipped.txt").read_text().splitlines()) == 20
+    assert not list(Path(settings.output_dir).glob("checkpoint-*"))
+
+
+def test_samples_that_break_later_end_the_run_an_epoch_later(config):
+    data = Texts()
+
+    def break_all(metrics):
+        data.broken = range(20)
+
+    with pytest.raises(ValueError, match="a whole epoch"):
+        fit(Bigram(), data, change(config, on_bad_record="skip", max_steps=10**6, log_every=1), on_step=break_all)
+
+
+def test_one_readable_sample_is_enough(config):
+    result = fit(Bigram(), Texts(broken=range(1, 20)), change(config, on_bad_record="skip", max_steps=4, rows_per_step=1))
+    assert result.steps == 4 and result.samples == 4 and len(result.skipped) == 19
+
+
+def test_frozen_parameters_need_no_gradient_when_the_model_runs(config):
+    seen = set()
+
+    class Watched(Bigram):
+        def loss(self, batch, reduction="sum"):
+            seen.add(tuple(sorted({part_of(name) for name, p in self.named_parameters() if p.requires_grad})))
+            return super().loss(batch, reduction)
+
+    fit(Watched(), Texts(), change(config, lr_vision_tower=None, epochs=1))
+    assert seen == {("decoder", "projector")}
+
+
 def test_nothing_to_train_on(config):
     with pytest.raises(ValueError, match="no record"):
         fit(Bigram(), Texts(0), config)
@@ -382,6 +420,23 @@ def test_checkpoints_are_kept_and_refused_for_other_settings(config, tmp_path):
         fit(Bigram(), Texts(21), settings)
     with pytest.raises(ValueError, match="set resume"):
         fit(Bigram(), Texts(), change(settings, resume=False))
+
+
+def test_another_base_model_or_other_data_is_refused(config):
+    settings = change(config, save_every=2, lr_vision_tower=None)
+    fit(Bigram(), Texts(), settings)
+    changed = Bigram()
+    with torch.no_grad():
+        changed.vision_tower["layer"].bias[3] += 1e-6
+    with pytest.raises(ValueError, match="base model: 'configuration .* frozen weights .* then, .* now.*choose another output_dir"):
+        fit(changed, Texts(), settings)
+    with pytest.raises(ValueError, match="base model"):
+        fit(Bigram(width=8), Texts(), settings)
+    with pytest.raises(ValueError, match="data set: '20 samples, contents 00000000' then, '20 samples, contents 00000001' now"):
+        fit(Bigram(), Texts(fingerprint=1), settings)
+    trained = Bigram()
+    nn.init.zeros_(trained.lm_head.weight)  # comes from the checkpoint
+    fit(trained, Texts(), settings)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(config):

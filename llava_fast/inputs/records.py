@@ -36,6 +36,7 @@ class Record:
     """One checked record: user and assistant turns alternate (after an optional system turn) and every <image> mark has its medium.
 
     images: paths, in the order of the marks.  video: path of a video or a folder of its frames, which has one mark.
+    names: of its media, as the file writes them (of an absolute path only the last part): what stays when files are moved.
     where: file and id, for messages.
     """
 
@@ -43,6 +44,7 @@ class Record:
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     video: str | None = None
+    names: tuple[str, ...] = ()
 
     @property
     def media(self) -> int:
@@ -100,9 +102,11 @@ def check_record(entry: Any, where: str, folder: Path) -> Record:
     """A `Record` from one JSON entry; ValueError starting with `where` for anything that is wrong with it."""
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: a record is an object, got {type(entry).__name__}")
-    images, video = _media(entry, where, folder)
-    turns = _turns(entry, where)
-    return Record(where, _place_marks(turns, len(images) + (video is not None), where), images, video)
+    names, is_video = _media(entry, where, folder)
+    paths = tuple(str(folder / name) for name in names)
+    turns = _place_marks(_turns(entry, where), len(names), where)
+    lasting = tuple(Path(name).name if Path(name).is_absolute() else name for name in names)
+    return Record(where, turns, () if is_video else paths, paths[0] if is_video else None, lasting)
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -156,7 +160,8 @@ def _where(path: Path, index: int, entry: Any) -> str:
     return f"{path}, record {index}" + ("" if name is None else f" (id {name!r})")
 
 
-def _media(entry: dict, where: str, folder: Path) -> tuple[tuple[str, ...], str | None]:
+def _media(entry: dict, where: str, folder: Path) -> tuple[list[str], bool]:
+    """The names of a record's files, all of which exist, and whether they are a video."""
     image, video = entry.get("image"), entry.get("video")
     if image is not None and video is not None:
         raise ValueError(f"{where}: has both 'image' and 'video'; a record has one or neither")
@@ -165,11 +170,11 @@ def _media(entry: dict, where: str, folder: Path) -> tuple[tuple[str, ...], str 
         raise ValueError(f"{where}: 'image' must be a path or a list of paths, got {image!r}")
     if video is not None and not (isinstance(video, str) and video):
         raise ValueError(f"{where}: 'video' must be a path, got {video!r}")
-    paths = [str(folder / name) for name in [*names, *([] if video is None else [video])]]
-    for path in paths:
-        if not (Path(path).is_file() or (video is not None and Path(path).is_dir())):
+    names = [video] if video is not None else names
+    for path in (folder / name for name in names):
+        if not (path.is_file() or (video is not None and path.is_dir())):
             raise ValueError(f"{where}: no file {path}")
-    return (tuple(paths), None) if video is None else ((), paths[0])
+    return names, video is not None
 
 
 def _turns(entry: dict, where: str) -> list[Turn]:

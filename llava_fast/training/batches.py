@@ -23,13 +23,19 @@ T = TypeVar("T")
 
 
 class Dataset(Protocol):
-    """Samples whose sizes are known before they are made. tokens, views: int64 [samples]."""
+    """Samples whose sizes are known before they are made. tokens, views: int64 [samples].
+
+    fingerprint: a number below 2**32 that changes with the samples' contents, by which a run that goes on knows its data again.
+    """
 
     @property
     def tokens(self) -> np.ndarray: ...
 
     @property
     def views(self) -> np.ndarray: ...
+
+    @property
+    def fingerprint(self) -> int: ...
 
     def load(self, index: int) -> tuple[Sample, Tensor | None]:
         """The sample with its labels, and its views uint8 [n, 3, S, S]; ValueError where its media cannot be read."""

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from zlib import crc32
 
 import av
 import numpy as np
@@ -27,6 +28,7 @@ Loaded = tuple[Sample, Tensor | None]
 class RecordData:
     """Checked records of known size: a `batches.Dataset`. tokens, views: int64 [records], what each adds to a row.
 
+    fingerprint: CRC-32 of every record's ids, labels and names of media. Moving the files changes none of these.
     kept: samples in memory for later epochs, as many as config.cache_mb has room for.
     """
 
@@ -35,6 +37,7 @@ class RecordData:
     views: np.ndarray
     config: TrainConfig
     spec: InputSpec
+    fingerprint: int
     kept: dict[int, Loaded] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -83,6 +86,7 @@ def index_records(config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], 
     left out; None: it raises ValueError.
     """
     records, tokens, views = [], [], []
+    fingerprint = 0
     token_limit = min(config.tokens_per_row, spec.max_positions)
     for record in load_records(config.data, config.media_folder, config.seed, on_bad):
         try:
@@ -100,7 +104,8 @@ def index_records(config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], 
         records.append(record)
         tokens.append(length)
         views.append(count)
-    return RecordData(records, np.array(tokens, dtype=np.int64), np.array(views, dtype=np.int64), config, spec)
+        fingerprint = crc32(repr(record.names).encode() + np.array([labelled.ids, labelled.labels]).tobytes(), fingerprint)
+    return RecordData(records, np.array(tokens, dtype=np.int64), np.array(views, dtype=np.int64), config, spec, fingerprint)
 
 
 def media_layouts(record: Record, options: InputOptions, spec: InputSpec) -> list[Visual]:
