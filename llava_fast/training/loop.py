@@ -299,7 +299,7 @@ def _base_model(model: torch.nn.Module) -> str:
         if not parameter.requires_grad:
             flat = parameter.detach().flatten()
             sample = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
-            frozen = crc32(sample.view(torch.uint8).numpy(), frozen)
+            frozen = crc32(sample.view(torch.uint8).numpy().tobytes(), frozen)
     return f"configuration {config:08x}, shapes {shapes:08x}, frozen weights {frozen:08x}"
 
 
