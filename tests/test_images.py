@@ -29,7 +29,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from llava_fast.inputs import fetch as fetching
 from llava_fast.inputs import images
-from llava_fast.inputs.images import CLIP_MEAN, CLIP_STD, HALF, ImageProcessor, normalise, open_image, source_name
+from llava_fast.inputs.images import CLIP_MEAN, CLIP_STD, HALF, ImageProcessor, image_size, normalise, open_image, source_name
 from llava_fast.inputs.layouts import anyres_grid, default_pinpoints
 from llava_fast.requests import InputOptions
 
@@ -50,6 +50,7 @@ PHOTOGRAPHS = [
 ]
 SIGLIP = {"size": {"height": 384, "width": 384}, "resample": 3, "do_convert_rgb": None}
 CLIP = {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}}
+CLIP_336 = ImageProcessor(336, mode="crop", image_mean=CLIP_MEAN, image_std=CLIP_STD)
 
 
 @pytest.fixture(params=PHOTOGRAPHS, ids=lambda path: path.name)
@@ -66,6 +67,10 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def noise(w: int, h: int, channels: int = 3) -> Image.Image:
     values = np.random.default_rng(w * 7 + h).integers(0, 256, (h, w, channels), dtype=np.uint8)
     return Image.fromarray(values if channels > 1 else values[..., 0])
+
+
+def from_hf(processor) -> ImageProcessor:
+    return ImageProcessor.from_config(processor.to_dict(), type(processor).__name__)
 
 
 def pixel_values(processor, image: Image.Image) -> torch.Tensor:
@@ -87,16 +92,16 @@ def test_opening_equals_transformers(photograph):
 
 def test_siglip_is_bit_equal_to_transformers(photograph):
     reference = SiglipImageProcessorPil(**SIGLIP)
-    processor = ImageProcessor.from_hf(reference)
-    assert processor == ImageProcessor.default("siglip", 384)
+    processor = from_hf(reference)
+    assert processor == ImageProcessor(384)
     image = open_image(photograph)
     assert torch.equal(ours(processor, image), pixel_values(reference, image))
 
 
 def test_clip_is_bit_equal_to_transformers(photograph):
     reference = CLIPImageProcessorPil(**CLIP)
-    processor = ImageProcessor.from_hf(reference)
-    assert processor == ImageProcessor.default("clip", 336)
+    processor = from_hf(reference)
+    assert processor == CLIP_336
     image = open_image(photograph)
     assert torch.equal(ours(processor, image), pixel_values(reference, image))
 
@@ -106,10 +111,10 @@ def test_padding_is_bit_equal_to_transformers(photograph, statistics):
     mean, std = statistics
     reference = LlavaImageProcessorPil(do_pad=True, image_mean=list(mean), image_std=list(std), **CLIP)
     image = open_image(photograph)
-    padded = ImageProcessor.from_hf(reference)
+    padded = from_hf(reference)
     assert padded.do_pad and padded.pad_colour == ((122, 116, 104) if mean == CLIP_MEAN else (127, 127, 127))
     assert torch.equal(ours(padded, image), pixel_values(reference, image))
-    plain = ImageProcessor.from_hf(LlavaImageProcessorPil(image_mean=list(mean), image_std=list(std), **CLIP))
+    plain = from_hf(LlavaImageProcessorPil(image_mean=list(mean), image_std=list(std), **CLIP))
     assert not plain.do_pad and torch.equal(ours(plain, image, "pad"), pixel_values(reference, image))
 
 
@@ -117,20 +122,20 @@ def test_padding_is_bit_equal_to_transformers(photograph, statistics):
 def test_odd_sizes_are_bit_equal_too(size):
     image = noise(*size)
     for reference in (SiglipImageProcessorPil(**SIGLIP), CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size=28)):
-        assert torch.equal(ours(ImageProcessor.from_hf(reference), image), pixel_values(reference, image))
+        assert torch.equal(ours(from_hf(reference), image), pixel_values(reference, image))
 
 
 def test_a_crop_of_a_sliver_is_refused_and_a_squash_is_not():
     sliver = noise(20000, 3)
     with pytest.raises(ValueError, match="20000x3 is too long for a crop: .* short side resized to 336 .* 752640000 pixels"):
-        ImageProcessor.default("clip", 336).views(sliver)
+        CLIP_336.views(sliver)
     with pytest.raises(ValueError, match="20000x3 padded to a square"):
-        ImageProcessor.default("siglip", 384).views(sliver, "pad")
-    assert ImageProcessor.default("siglip", 384).views(sliver).shape == (1, 3, 384, 384)
+        ImageProcessor(384).views(sliver, "pad")
+    assert ImageProcessor(384).views(sliver).shape == (1, 3, 384, 384)
 
 
 @pytest.mark.parametrize("statistics", [(HALF, HALF), (CLIP_MEAN, CLIP_STD), ((0.1, 0.2, 0.3), (0.7, 0.8, 0.9))])
-@pytest.mark.parametrize("rescale", [1 / 255, 0.00392156862745098, 1 / 127.5])
+@pytest.mark.parametrize("rescale", [1 / 255, 0.00392156862745098, 1 / 127.5, 1 / 256, 1.0])
 def test_every_byte_value_is_normalised_as_transformers_does(statistics, rescale):
     mean, std = statistics
     square = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -138,7 +143,7 @@ def test_every_byte_value_is_normalised_as_transformers_does(statistics, rescale
     reference = SiglipImageProcessorPil(
         size={"height": 16, "width": 16}, image_mean=list(mean), image_std=list(std), rescale_factor=rescale
     )
-    got = ours(ImageProcessor.from_hf(reference), image)
+    got = ours(from_hf(reference), image)
     assert got.dtype == torch.float32 and torch.equal(got, pixel_values(reference, image))
 
 
@@ -193,11 +198,11 @@ def test_tiles_of_slivers(size):
 def test_from_pretrained_reads_what_transformers_saves(tmp_path):
     SiglipImageProcessor(**SIGLIP).save_pretrained(tmp_path / "siglip")
     CLIPImageProcessor(**CLIP).save_pretrained(tmp_path / "clip")
-    assert ImageProcessor.from_pretrained(tmp_path / "siglip") == ImageProcessor.default("siglip", 384)
-    assert ImageProcessor.from_pretrained(tmp_path / "clip") == ImageProcessor.default("clip", 336)
+    assert ImageProcessor.from_pretrained(tmp_path / "siglip") == ImageProcessor(384)
+    assert ImageProcessor.from_pretrained(tmp_path / "clip") == CLIP_336
     nested = json.loads((tmp_path / "siglip" / "preprocessor_config.json").read_text())
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": nested, "patch_size": 14}))
-    assert ImageProcessor.from_pretrained(tmp_path) == ImageProcessor.default("siglip", 384)
+    assert ImageProcessor.from_pretrained(tmp_path) == ImageProcessor(384)
 
 
 def test_from_pretrained_reads_the_released_files(tmp_path):
@@ -216,9 +221,9 @@ def test_from_pretrained_reads_the_released_files(tmp_path):
     for name, config in released.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "preprocessor_config.json").write_text(json.dumps(config))
-    assert ImageProcessor.from_pretrained(tmp_path / "siglip") == ImageProcessor.default("siglip", 384)
+    assert ImageProcessor.from_pretrained(tmp_path / "siglip") == ImageProcessor(384)
     for name in ("clip", "clip_old"):
-        assert ImageProcessor.from_pretrained(tmp_path / name) == ImageProcessor.default("clip", 336)
+        assert ImageProcessor.from_pretrained(tmp_path / name) == CLIP_336
 
 
 @pytest.mark.parametrize(
@@ -408,6 +413,37 @@ def claiming(w: int, h: int) -> bytes:
     data[16:24] = struct.pack(">II", w, h)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_the_size_in_a_header_is_that_of_the_picture(orientation, kind, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    noise(30, 20).save(tmp_path / "picture", kind, exif=exif)
+    size = image_size(tmp_path / "picture")
+    assert size == open_image(tmp_path / "picture").size == ((20, 30) if orientation >= 5 else (30, 20))
+    noise(30, 20).save(tmp_path / "plain", kind)
+    assert image_size(tmp_path / "plain") == (30, 20)
+
+
+@pytest.mark.parametrize(("w", "h"), [(14_000, 14_000), (10_000, 9_000), (0, 5)])
+def test_a_header_is_refused_as_the_picture_is(w, h, tmp_path, monkeypatch):
+    (tmp_path / "big.png").write_bytes(claiming(w, h))
+    with pytest.raises(ValueError, match=r"big\.png' .*(pixels|not a picture)") as of_header:
+        image_size(tmp_path / "big.png")
+    assert str(of_header.value) == refused(tmp_path / "big.png")
+    for name, data in (("text", b"hello"), ("empty", b""), ("absent", None)):
+        if data is not None:
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=name) as of_header:
+            image_size(tmp_path / name)
+        assert str(of_header.value) == refused(tmp_path / name)
+    with pytest.raises(ValueError, match="not a regular file"):
+        image_size(tmp_path)
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 4)
+    with pytest.raises(ValueError, match="5 bytes, more than the cap of 4"):
+        image_size(tmp_path / "text")
 
 
 def test_caps(monkeypatch):

@@ -8,7 +8,7 @@ import math
 import pytest
 from PIL import Image
 
-from llava_fast.inputs.records import Turn, image_size, load_records, sample_indices
+from llava_fast.inputs.records import Turn, load_records, sample_indices
 
 
 @pytest.fixture
@@ -191,16 +191,3 @@ def test_sampling_strategies(total, amount):
 def test_unknown_strategies(strategy):
     with pytest.raises(ValueError, match="sampling_strategy"):
         sample_indices(10, strategy)
-
-
-def test_image_size_is_the_displayed_one(tmp_path):
-    picture = Image.new("RGB", (30, 20))
-    exif = picture.getexif()
-    exif[0x0112] = 6
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    picture.save(tmp_path / "plain.jpg")
-    assert image_size(tmp_path / "plain.jpg") == (30, 20)
-    assert image_size(tmp_path / "turned.jpg") == (20, 30)
-    (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ValueError, match="text.png"):
-        image_size(tmp_path / "text.png")

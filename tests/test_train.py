@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import av
@@ -157,6 +159,21 @@ def test_bad_media_and_long_records_are_named_or_left_out(checkpoints, folder, t
     assert result.steps == result.samples == 3
     assert len(result.skipped) == 2 and "'long'" in result.skipped[0] and "'cut'" in result.skipped[1]
     assert (tmp_path / "c" / "skipped.txt").read_text().splitlines() == result.skipped
+
+
+def test_a_decompression_bomb_is_left_out_like_any_bad_picture(checkpoints, folder, tmp_path):
+    """Its size is read when records are indexed, where tiles are cut."""
+    header = struct.pack(">II5B", 14_000, 14_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    data = write(folder, [record("bomb", "no", image="bomb.png"), record("good", "yes", image="0.png")])
+    config = as_config(fields("m", data, tmp_path, inputs={"anyres": True}, tokens_per_row=2000))
+    spec = lf.load(checkpoints["qwen"]).input_spec
+    said = []
+    assert len(index_records(config, spec, said.append).records) == 1
+    assert len(said) == 1 and "'bomb'" in said[0] and "more than the cap of 89478485 pixels" in said[0]
+    with pytest.raises(ValueError, match="'bomb'.*more than the cap"):
+        index_records(config, spec)
 
 
 def test_samples_kept_in_memory_are_those_of_the_files_and_fit_the_budget(checkpoints, four, tmp_path):

@@ -22,11 +22,11 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from llava_fast.inputs.fetch import fetch, is_url, url_name
@@ -75,34 +75,54 @@ def open_image(source: Any, options: InputOptions | None = None) -> Image.Image:
     elif isinstance(source, str) and source[:5].lower() == "data:":
         data = decode_data_url(source)
     elif isinstance(source, (str, os.PathLike)):
-        data = read_file(source, name, MAX_IMAGE_BYTES)
+        with open_file(source, name, MAX_IMAGE_BYTES) as file:
+            data = file.read(MAX_IMAGE_BYTES + 1)
     elif isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
     else:
         raise ValueError(f"a picture must be a PIL image, path, bytes, data URL or http(s) address, got {name}")
-    if not data:
-        raise ValueError(f"{name} is empty (0 bytes), expected a picture")
     if len(data) > MAX_IMAGE_BYTES:
         raise ValueError(f"{name} has {len(data)} bytes, more than the cap of {MAX_IMAGE_BYTES}")
-    Image.init()
-    try:
-        opened = Image.open(io.BytesIO(data), formats=[kind for kind in Image.OPEN if kind not in REFUSED_FORMATS])
-    except BOMBS:
-        raise ValueError(f"{name} has more than the cap of {MAX_IMAGE_PIXELS} pixels") from None
-    except DECODE_ERRORS:
-        raise ValueError(f"{name} is not a picture that can be read (the first bytes are {data[:8].hex(' ')})") from None
-    with opened:
+    with _read_header(io.BytesIO(data), name) as opened:
         return _to_rgb(opened, name)
 
 
-def read_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> bytes:
-    """A regular file's bytes. ValueError: missing, not a regular file (a pipe would block), or larger than max_bytes."""
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(width, height) of a file as `open_image` will give it (EXIF rotation applied), from the header alone. Raises ValueError as that
+    does for what a header can show."""
+    name = source_name(path)
+    with open_file(path, name, MAX_IMAGE_BYTES) as file, _read_header(file, name) as image:
+        width, height = image.size
+        try:
+            sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except DECODE_ERRORS as error:
+            raise ValueError(f"{name} is damaged or cut short: {type(error).__name__}") from None
+    return (height, width) if sideways else (width, height)
+
+
+def _read_header(file: BinaryIO, name: str) -> Image.Image:
+    """A picture whose header is read and checked, and whose pixels are not."""
+    Image.init()
+    try:
+        image = Image.open(file, formats=[kind for kind in Image.OPEN if kind not in REFUSED_FORMATS])
+    except BOMBS:
+        raise ValueError(f"{name} has more than the cap of {MAX_IMAGE_PIXELS} pixels") from None
+    except DECODE_ERRORS:
+        file.seek(0)
+        if not (head := file.read(8)):
+            raise ValueError(f"{name} is empty (0 bytes), expected a picture") from None
+        raise ValueError(f"{name} is not a picture that can be read (the first bytes are {head.hex(' ')})") from None
+    _check_pixels(image, name)
+    return image
+
+
+def open_file(path: str | os.PathLike[str], name: str, max_bytes: int) -> BinaryIO:
+    """A regular file to read. ValueError: missing, not a regular file (a pipe would block), or larger than max_bytes."""
     size = file_size(path, name)
     if size > max_bytes:
         raise ValueError(f"{name} has {size} bytes, more than the cap of {max_bytes}")
     try:
-        with open(path, "rb") as file:
-            return file.read(max_bytes + 1)
+        return open(path, "rb")
     except OSError as error:
         raise ValueError(f"{name} could not be read: {error.strerror}") from None
 
@@ -131,12 +151,16 @@ def decode_data_url(url: str) -> bytes:
         raise ValueError(f"{source_name(url)} holds broken base64") from None
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _check_pixels(image: Image.Image, name: str) -> None:
     w, h = image.size
     if w < 1 or h < 1:
         raise ValueError(f"{name} has no pixels ({w}x{h})")
     if w * h > MAX_IMAGE_PIXELS:
         raise ValueError(f"{name} has {w}x{h} pixels, more than the cap of {MAX_IMAGE_PIXELS}")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    _check_pixels(image, name)
     try:
         image.load()
         upright = ImageOps.exif_transpose(image)
@@ -202,15 +226,6 @@ class ImageProcessor:
     do_pad: bool = False
 
     @staticmethod
-    def default(family: str, image_size: int) -> ImageProcessor:
-        """The processor of a bare tower: 'siglip' or 'clip'."""
-        if family == "siglip":
-            return ImageProcessor(image_size)
-        if family == "clip":
-            return ImageProcessor(image_size, mode="crop", image_mean=CLIP_MEAN, image_std=CLIP_STD)
-        raise ValueError(f"the vision family must be siglip or clip, got {family!r}")
-
-    @staticmethod
     def from_pretrained(directory: str | Path) -> ImageProcessor:
         """From preprocessor_config.json, or the image_processor entry of processor_config.json (where 5.x writes it)."""
         for file, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
@@ -221,12 +236,6 @@ class ImageProcessor:
                 if config:
                     return ImageProcessor.from_config(config, str(path))
         raise ValueError(f"{directory} has neither preprocessor_config.json nor an image_processor in processor_config.json")
-
-    @staticmethod
-    def from_hf(processor: Any) -> ImageProcessor:
-        """From a transformers image processor, or a processor that holds one."""
-        processor = getattr(processor, "image_processor", processor)
-        return ImageProcessor.from_config(processor.to_dict(), type(processor).__name__)
 
     @staticmethod
     def from_config(config: dict[str, Any], name: str) -> ImageProcessor:

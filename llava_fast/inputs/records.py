@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import yaml
-from PIL import Image
 
 MARK = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -107,17 +106,6 @@ def check_record(entry: Any, where: str, folder: Path) -> Record:
     turns = _place_marks(_turns(entry, where), len(names), where)
     lasting = tuple(Path(name).name if Path(name).is_absolute() else name for name in names)
     return Record(where, turns, () if is_video else paths, paths[0] if is_video else None, lasting)
-
-
-def image_size(path: str | Path) -> tuple[int, int]:
-    """(width, height) as displayed (EXIF rotation applied), from the file's header alone."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            sideways = image.getexif().get(0x0112, 1) >= 5
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNG headers
-        raise ValueError(f"{path} is not a picture that Pillow can read: {error}") from error
-    return (height, width) if sideways else (width, height)
 
 
 def _expand(path: Path) -> Iterator[tuple[Path, str]]:

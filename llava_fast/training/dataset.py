@@ -14,9 +14,10 @@ import numpy as np
 from torch import Tensor
 
 from llava_fast.batch import IGNORE, Sample, Visual, splice
+from llava_fast.inputs.images import image_size
 from llava_fast.inputs.labels import Labelled, encode_turns
 from llava_fast.inputs.prepare import InputSpec, picture_layout, prepare, video_layout
-from llava_fast.inputs.records import Record, image_size, load_records
+from llava_fast.inputs.records import Record, load_records
 from llava_fast.inputs.video import DEFAULT_FRAMES, FOLDER_FPS, FRAME_SUFFIXES, frame_indices
 from llava_fast.requests import InputOptions, Request
 from llava_fast.training.config import TrainConfig
