@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import av
@@ -163,9 +161,7 @@ def test_bad_media_and_long_records_are_named_or_left_out(checkpoints, folder, t
 
 def test_a_decompression_bomb_is_left_out_like_any_bad_picture(checkpoints, folder, tmp_path):
     """Its size is read when records are indexed, where tiles are cut."""
-    header = struct.pack(">II5B", 14_000, 14_000, 8, 2, 0, 0, 0)
-    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
-    (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    Image.new("1", (14_000, 14_000)).save(folder / "bomb.png")
     data = write(folder, [record("bomb", "no", image="bomb.png"), record("good", "yes", image="0.png")])
     config = as_config(fields("m", data, tmp_path, inputs={"anyres": True}, tokens_per_row=2000))
     spec = lf.load(checkpoints["qwen"]).input_spec
