@@ -155,6 +155,26 @@ def test_frames_are_pictures_where_they_are_not_pooled(qwen):
     assert run(qwen, user({"type": "video", "video": clip, "num_frames": 3}, "what"), fps=2.0).views.shape[0] == 3
 
 
+def test_an_upper_bound_of_frames(qwen, tmp_path):
+    """Of 9 frames taken at 2 a second: by rate up to the bound, uniform past it or where asked for."""
+    for number, frame in enumerate(frames(9)):
+        frame.save(tmp_path / f"{number}.png")
+    every = run(qwen, "<video>", videos=[str(tmp_path)], fps=2.0).views
+    assert every.shape[0] == 9
+
+    def taken(source, **options):
+        views = run(qwen, "<video>", videos=[source], **options).views
+        return [next(i for i in range(9) if torch.equal(view, every[i])) for view in views]
+
+    folder = str(tmp_path)
+    assert taken(folder, fps=1.0, frames_upbound=5) == taken(folder, frames_upbound=5) == [0, 2, 4, 6, 8]
+    assert taken(folder, fps=2.0, frames_upbound=3) == [0, 4, 8]
+    assert taken(folder, fps=1.0, frames_upbound=7, force_sample=True) == np.linspace(0, 8, 7, dtype=int).tolist()
+    assert taken(folder, num_frames=2, frames_upbound=5) == [0, 8]
+    assert taken({"video": folder, "num_frames": 3}, frames_upbound=2) == [0, 4, 8]
+    assert taken(frames(9), frames_upbound=9) == list(range(9)) and taken(frames(9), frames_upbound=2) == [0, 8]
+
+
 def test_frames_asked_for_twice(qwen):
     clip = frames(2)
     got = run(qwen, "<video>", [], [clip], num_frames=4)
@@ -208,8 +228,8 @@ def test_views_with_a_class_row(qwen):
         ("<image><image>", ["/nowhere/a.png", COFFEE], [], {}, "image 1 of 2: '/nowhere/a.png' could not be opened: No such file"),
         ("<video>", [], [b""], {}, "video 1 of 1: a video of 0 bytes is empty"),
         ("<video>", [], [[COFFEE] * 4], {"num_frames": 3, "fps": 1.0}, "num_frames or fps, not both"),
-        ("What? " * 3000, [], [], {}, r"takes \d+ tokens \(0 of them of pictures\), more than the context of 2048"),
-        ("<image>" * 230, [COFFEE] * 230, [], {}, r"takes 2070 tokens \(2070 of them of pictures\), more than the context of 2048"),
+        ("What? " * 3000, [], [], {}, r"takes \d+ tokens \(0 of them of pictures\), more than the context's 2048"),
+        ("<image>" * 230, [COFFEE] * 230, [], {}, r"takes 2070 tokens \(2070 of them of pictures\), more than the context's 2048"),
     ],
 )
 def test_bad_requests(qwen, prompt, images, videos, options, message):
@@ -220,7 +240,7 @@ def test_bad_requests(qwen, prompt, images, videos, options, message):
 def test_a_context_that_is_just_long_enough(qwen):
     length = len(run(qwen, "<image>\nWhat?", [COFFEE]).sample)
     assert len(run(replace(qwen, max_positions=length), "<image>\nWhat?", [COFFEE]).sample) == length
-    with pytest.raises(ValueError, match=f"takes {length} tokens .* context of {length - 1}"):
+    with pytest.raises(ValueError, match=f"takes {length} tokens .* context's {length - 1}"):
         run(replace(qwen, max_positions=length - 1), "<image>\nWhat?", [COFFEE])
 
 

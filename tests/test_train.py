@@ -96,7 +96,16 @@ def tensors(directory):
 
 @pytest.mark.parametrize(
     "inputs",
-    [{}, {"num_frames": 4}, {"fps": 3}, {"num_frames": 6, "pool": "average"}, {"anyres": True, "num_frames": 2}, {"image_aspect": "pad"}],
+    [
+        {},
+        {"num_frames": 4},
+        {"fps": 3},
+        {"num_frames": 6, "pool": "average"},
+        {"frames_upbound": 2},
+        {"fps": 3, "frames_upbound": 6, "force_sample": True},
+        {"anyres": True, "num_frames": 2},
+        {"image_aspect": "pad"},
+    ],
 )
 def test_sizes_known_beforehand_are_those_of_the_samples(checkpoints, folder, tmp_path, inputs):
     data = write(
@@ -121,7 +130,9 @@ def test_sizes_known_beforehand_are_those_of_the_samples(checkpoints, folder, tm
         supervised = sample.labels[sample.labels != -100]
         assert model.tokenizer.decode(supervised) == json.loads(Path(data).read_text())[i]["conversations"][1]["value"] + "<|im_end|>"
     # The clip has 23 frames at 10 a second: every third; the folder's 5 count as 2 a second: all.
+    bound = inputs.get("frames_upbound")
     expected = {"fps": (8, 5), "num_frames": (inputs.get("num_frames"),) * 2}.get(next(iter(inputs), ""), (16, 16))
+    expected = expected if bound is None else (bound, bound)
     if "anyres" not in inputs and "image_aspect" not in inputs:
         assert tuple(indexed.views[3:5]) == expected
 

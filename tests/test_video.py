@@ -13,7 +13,7 @@ import sklearn.datasets
 from PIL import Image
 
 from llava_fast.inputs import video
-from llava_fast.inputs.video import Video, frame_indices, load_frames
+from llava_fast.inputs.video import Video, count_frames, frame_indices, load_frames
 
 PHOTOGRAPHS = [
     Path(sklearn.datasets.__file__).parent / "images" / "china.jpg",
@@ -245,6 +245,34 @@ def test_lists_and_arrays_of_frames(clip):
     check(load_frames([Image.fromarray(frame) for frame in frames], num_frames=2), frames, [0, 4], 2.0)
     check(load_frames(np.stack(frames)), frames, [0, 1, 2, 3, 4], 2.0)
     check(load_frames(np.stack(frames), num_frames=3), frames, [0, 2, 4], 2.0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"num_frames": 7}, {"fps": 3}, {"fps": 30}, {"upbound": 2}, {"upbound": 9}, {"fps": 5, "upbound": 4}]
+    + [{"fps": 5, "upbound": 12, "force": True}, {"num_frames": 70, "upbound": 3}],
+)
+def test_frames_are_counted_without_decoding(sampling, clip, tmp_path, monkeypatch):
+    for number, frame in enumerate(decode_all(str(clip))[:9]):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    expected = [len(load_frames(source, **sampling).indices) for source in (clip, tmp_path)]
+    monkeypatch.setattr(video, "_decode_decord", None)
+    monkeypatch.setattr(video, "_decode_by_seeking", None)
+    monkeypatch.setattr(video, "open_image", None)
+    assert [count_frames(str(source), **sampling) for source in (clip, tmp_path)] == expected
+
+
+def test_counting_refuses_what_loading_refuses(clip, tmp_path, monkeypatch):
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    (tmp_path / "text.mp4").write_text("no video\n" * 50)
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(video, "MAX_FRAMES", 10)
+    for source in (tmp_path / "empty.mp4", tmp_path / "text.mp4", tmp_path / "folder", tmp_path / "absent.mp4", clip):
+        with pytest.raises(ValueError) as counted:
+            count_frames(source, fps=25)
+        with pytest.raises(ValueError) as loaded:
+            load_frames(source, fps=25)
+        assert str(counted.value) == str(loaded.value)
 
 
 # --- what is refused ---

@@ -20,7 +20,7 @@ from llava_fast.batch import PoolMode, Sample, Visual, splice
 from llava_fast.inputs.chat import Media, read_prompt, tokenise
 from llava_fast.inputs.images import ImageProcessor, open_image
 from llava_fast.inputs.layouts import NewlinePosition, Size, anyres_layout, default_pinpoints, frames_layout, parse_pinpoints, view_layout
-from llava_fast.inputs.video import load_frames
+from llava_fast.inputs.video import Sampling, load_frames
 from llava_fast.requests import InputOptions, Request
 
 
@@ -165,7 +165,7 @@ def prepare(request: Request, options: InputOptions, spec: InputSpec) -> Prepare
     if len(sample) > spec.max_positions:
         raise ValueError(
             f"the prompt takes {len(sample)} tokens ({sample.visual_tokens} of them of pictures), "
-            f"more than the context of {spec.max_positions}"
+            f"more than the context's {spec.max_positions}"
         )
     done = time.perf_counter()
     timings = {"media": media_done - start, "text": done - media_done, "total": done - start}
@@ -193,6 +193,13 @@ def video_layout(frames: int, spec: InputSpec, pool: PoolMode | None = None) -> 
     return [frames_layout(frames, spec.grid, pool, spec.pool_stride, spec.newline)]
 
 
+def video_sampling(options: InputOptions, num_frames: int | None = None, fps: float | None = None) -> Sampling:
+    """num_frames, fps, upbound and force as `video.load_frames` takes them; a video's own num_frames or fps goes before the options'."""
+    if num_frames is None and fps is None:
+        num_frames, fps = options.num_frames, options.fps
+    return num_frames, fps, options.frames_upbound or 0, options.force_sample
+
+
 def _picture(medium: Media, options: InputOptions, spec: InputSpec, anyres: bool) -> tuple[Tensor, list[Visual]]:
     image = open_image(medium.source, options)
     layout = picture_layout(image.size, spec, anyres)
@@ -202,10 +209,7 @@ def _picture(medium: Media, options: InputOptions, spec: InputSpec, anyres: bool
 
 
 def _video(medium: Media, options: InputOptions, spec: InputSpec, anyres: bool) -> tuple[Tensor, list[Visual]]:
-    num_frames, fps = medium.num_frames, medium.fps
-    if num_frames is None and fps is None:
-        num_frames, fps = options.num_frames, options.fps
-    video = load_frames(medium.source, num_frames, fps, options=options)
+    video = load_frames(medium.source, *video_sampling(options, medium.num_frames, medium.fps), options=options)
     views = {}
     for index, frame in zip(video.indices, video.frames, strict=True):
         if index not in views:

@@ -7,9 +7,10 @@ full decode).
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ DECORD_CODECS = {"h264", "hevc", "vp8", "vp9"}
 DECORD_FORMATS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 
 
+Sampling = tuple[int | None, float | None, int, bool]  # num_frames, fps, upbound, force
+
+
 @dataclass(frozen=True)
 class Video:
     """frames uint8 [F, H, W, 3], RGB; times, seconds from the start, index / average rate; indices in the video."""
@@ -56,8 +60,10 @@ def frame_indices(
 
     num_frames n: linspace(0, total - 1, n), truncated; a video shorter than n gives some frames twice.
     fps: every round(avg_fps / fps)-th frame (at least every one); with an upbound > 0 that this passes, or with force,
-    linspace(0, total - 1, upbound) instead. Neither: n = 16. Raises ValueError for both, and for values out of range.
+    linspace(0, total - 1, upbound) instead. Neither: n = 16, or with an upbound fps = 1 (upstream's video_fps).
+    Raises ValueError for both, and for values out of range.
     """
+    num_frames, fps, upbound, force = _by_default(num_frames, fps, upbound, force)
     if total < 1:
         raise ValueError(f"a video must have at least one frame, got {total}")
     if num_frames is not None and fps is not None:
@@ -65,13 +71,20 @@ def frame_indices(
     if num_frames is not None and num_frames < 1:
         raise ValueError(f"num_frames must be >= 1, got {num_frames}")
     if fps is None:
-        return np.linspace(0, total - 1, num_frames or DEFAULT_FRAMES, dtype=int).tolist()
+        assert num_frames is not None
+        return np.linspace(0, total - 1, num_frames, dtype=int).tolist()
     if not fps > 0 or not avg_fps > 0:
         raise ValueError(f"fps must be > 0, got fps {fps} for a video of {avg_fps} frames per second")
     indices = list(range(0, total, max(1, round(avg_fps / fps))))
     if upbound > 0 and (len(indices) > upbound or force):
         return np.linspace(0, total - 1, upbound, dtype=int).tolist()
     return indices
+
+
+def _by_default(num_frames: int | None, fps: float | None, upbound: int, force: bool) -> Sampling:
+    if num_frames is None and fps is None:
+        return (None, 1.0, upbound, force) if upbound > 0 else (DEFAULT_FRAMES, None, 0, False)
+    return num_frames, fps, upbound, force
 
 
 def load_frames(
@@ -83,7 +96,8 @@ def load_frames(
     options: InputOptions | None = None,
 ) -> Video:
     """The sampled frames of a video: a path, bytes, an http(s) address of an allowed host, a folder of pictures in the order of
-    their names (taken to be 2 a second), or a list of pictures or uint8 [F, H, W, 3] (all of them, unless num_frames or fps).
+    their names (taken to be 2 a second), or a list of pictures or uint8 [F, H, W, 3] (all of them, unless num_frames or fps says
+    else, or there are more than upbound). For num_frames, fps, upbound and force see `frame_indices`.
 
     Raises ValueError naming the source: missing, empty, not a video, damaged, or past a cap on frames, pixels, bytes or seconds.
     """
@@ -104,18 +118,38 @@ def load_frames(
         return _from_container(io.BytesIO(data), name, sampling)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"a video must be a path, bytes, folder, list of frames or http(s) address, got {name}")
-    path = os.fspath(source)
-    if "\0" not in path and os.path.isdir(path):
-        pictures = [Path(path, file) for file in sorted(os.listdir(path)) if Path(file).suffix.lower() in FRAME_SUFFIXES]
-        if not pictures:
-            raise ValueError(f"{name} is a folder without pictures, expected the frames of a video")
-        return _from_pictures(pictures, sampling if (num_frames, fps) != (None, None) else (DEFAULT_FRAMES, None, 0, False), name, options)
-    if file_size(path, name) == 0:
-        raise ValueError(f"{name} is empty (0 bytes), expected a video")
+    path, pictures = _look(source, name)
+    if pictures is not None:
+        return _from_pictures(pictures, _by_default(*sampling), name, options)
     return _from_container(path, name, sampling)
 
 
-Sampling = tuple[int | None, float | None, int, bool]
+def count_frames(
+    source: str | os.PathLike[str], num_frames: int | None = None, fps: float | None = None, upbound: int = 0, force: bool = False
+) -> int:
+    """How many frames `load_frames` gives of a file or folder, from the file's packets; nothing is read where the count is given."""
+    sampling = _by_default(num_frames, fps, upbound, force)
+    if sampling[0] is not None and fps is None:
+        return sampling[0]
+    name = source_name(source)
+    path, pictures = _look(source, name)
+    if pictures is not None:
+        return len(_choose(len(pictures), FOLDER_FPS, sampling, (1, 1), name))
+    with _opened(path, name, sampling) as (_, _, _, indices):
+        return len(indices)
+
+
+def _look(source: str | os.PathLike[str], name: str) -> tuple[str, list[Path] | None]:
+    """The path of a video file, or of a folder, with its pictures in order."""
+    path = os.fspath(source)
+    if "\0" in path or not os.path.isdir(path):
+        if file_size(path, name) == 0:
+            raise ValueError(f"{name} is empty (0 bytes), expected a video")
+        return path, None
+    pictures = [Path(path, file) for file in sorted(os.listdir(path)) if Path(file).suffix.lower() in FRAME_SUFFIXES]
+    if not pictures:
+        raise ValueError(f"{name} is a folder without pictures, expected the frames of a video")
+    return path, pictures
 
 
 def _choose(total: int, avg_fps: float, sampling: Sampling, size: tuple[int, int], name: str) -> list[int]:
@@ -135,7 +169,7 @@ def _video(frames: np.ndarray, indices: list[int], avg_fps: float) -> Video:
 def _from_array(frames: np.ndarray, sampling: Sampling) -> Video:
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
         raise ValueError(f"an array of frames must be uint8 [F, H, W, 3], got {frames.dtype} {list(frames.shape)}")
-    sampled = sampling if sampling[:2] != (None, None) else (len(frames), None, 0, False)
+    sampled = sampling if sampling[:2] != (None, None) else (None, FOLDER_FPS, *sampling[2:])
     indices = _choose(len(frames), FOLDER_FPS, sampled, (frames.shape[2], frames.shape[1]), "an array of frames")
     return _video(frames[indices], indices, FOLDER_FPS)
 
@@ -143,7 +177,7 @@ def _from_array(frames: np.ndarray, sampling: Sampling) -> Video:
 def _from_pictures(pictures: Sequence[Any], sampling: Sampling, name: str, options: InputOptions | None) -> Video:
     if not pictures:
         raise ValueError(f"{name} is empty, expected at least one frame")
-    sampled = sampling if sampling[:2] != (None, None) else (len(pictures), None, 0, False)
+    sampled = sampling if sampling[:2] != (None, None) else (None, FOLDER_FPS, *sampling[2:])
     indices = _choose(len(pictures), FOLDER_FPS, sampled, (1, 1), name)
     opened: dict[int, Image.Image] = {}
     for index in indices:
@@ -183,14 +217,17 @@ def _scan(container: Any, stream: Any) -> Index:
     return Index(len(packets), sorted(pts for pts, _ in packets), np.array(sorted(pts for pts, key in packets if key)), closed)
 
 
-def _from_container(file: str | io.BytesIO, name: str, sampling: Sampling) -> Video:
+@contextlib.contextmanager
+def _opened(file: str | io.BytesIO, name: str, sampling: Sampling) -> Iterator[tuple[Any, Any, Index, list[int]]]:
+    """A container, its first video stream, a scan of it and the frames to take, all within the caps. What FFmpeg finds wrong, here or
+    while it is open, is a ValueError."""
     try:
         with av.open(file, mode="r") as container:
             if not container.streams.video:
                 raise ValueError(f"{name} has no video stream")
             stream = container.streams.video[0]
-            codec, rate = stream.codec_context, stream.average_rate
-            if not rate or codec.width < 1 or codec.height < 1:
+            codec = stream.codec_context
+            if not stream.average_rate or codec is None or codec.width < 1 or codec.height < 1:
                 raise ValueError(f"{name} is not a video that can be read: no frame rate or size")
             seconds = (container.duration or 0) / av.time_base
             if seconds > MAX_SECONDS:
@@ -198,18 +235,22 @@ def _from_container(file: str | io.BytesIO, name: str, sampling: Sampling) -> Vi
             index = _scan(container, stream)
             if index.total == 0:
                 raise ValueError(f"{name} has no frames")
-            indices = _choose(index.total, float(rate), sampling, (codec.width, codec.height), name)
-            trusted = index.closed and codec.name in DECORD_CODECS and container.format.name in DECORD_FORMATS
-            if decord is not None and isinstance(file, str) and trusted:
-                frames = _decode_decord(file, name, indices, index.total)
-            else:
-                decoded = _decode_by_seeking(container, stream, indices, index) or _decode_in_order(file, indices)
-                if len(decoded) < len(set(indices)):
-                    raise ValueError(f"{name} is damaged or cut short: frame {max(indices)} of {index.total} cannot be decoded")
-                frames = np.stack([decoded[i] for i in indices])
-            return _video(frames, indices, float(rate))
+            yield container, stream, index, _choose(index.total, float(stream.average_rate), sampling, (codec.width, codec.height), name)
     except av.error.FFmpegError as error:
         raise ValueError(f"{name} is not a video that can be read: {error.strerror}") from None
+
+
+def _from_container(file: str | io.BytesIO, name: str, sampling: Sampling) -> Video:
+    with _opened(file, name, sampling) as (container, stream, index, indices):
+        trusted = index.closed and stream.codec_context.name in DECORD_CODECS and container.format.name in DECORD_FORMATS
+        if decord is not None and isinstance(file, str) and trusted:
+            frames = _decode_decord(file, name, indices, index.total)
+        else:
+            decoded = _decode_by_seeking(container, stream, indices, index) or _decode_in_order(file, indices)
+            if len(decoded) < len(set(indices)):
+                raise ValueError(f"{name} is damaged or cut short: frame {max(indices)} of {index.total} cannot be decoded")
+            frames = np.stack([decoded[i] for i in indices])
+        return _video(frames, indices, float(stream.average_rate))
 
 
 def _decode_decord(path: str, name: str, indices: list[int], total: int) -> np.ndarray:

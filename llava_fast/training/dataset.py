@@ -6,19 +6,17 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from zlib import crc32
 
-import av
 import numpy as np
 from torch import Tensor
 
 from llava_fast.batch import IGNORE, Sample, Visual, splice
 from llava_fast.inputs.images import image_size
 from llava_fast.inputs.labels import Labelled, encode_turns
-from llava_fast.inputs.prepare import InputSpec, picture_layout, prepare, video_layout
+from llava_fast.inputs.prepare import InputSpec, picture_layout, prepare, video_layout, video_sampling
 from llava_fast.inputs.records import Record, load_records
-from llava_fast.inputs.video import DEFAULT_FRAMES, FOLDER_FPS, FRAME_SUFFIXES, frame_indices
+from llava_fast.inputs.video import count_frames
 from llava_fast.requests import InputOptions, Request
 from llava_fast.training.config import TrainConfig
 
@@ -112,26 +110,11 @@ def index_records(config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], 
 def media_layouts(record: Record, options: InputOptions, spec: InputSpec) -> list[Visual]:
     """The layouts that `prepare` will give the record's media, from file headers alone. Tiles are for single pictures."""
     if record.video is not None:
-        return video_layout(_frame_count(record.video, options), spec, options.pool)
+        return video_layout(count_frames(record.video, *video_sampling(options)), spec, options.pool)
     anyres = (spec.anyres if options.anyres is None else options.anyres) and len(record.images) == 1
     if anyres:
         return [picture_layout(image_size(record.images[0]), spec, True)]
     return [picture_layout((spec.tile, spec.tile), spec, False)] * len(record.images)
-
-
-def _frame_count(path: str, options: InputOptions) -> int:
-    if options.fps is None:
-        return options.num_frames or DEFAULT_FRAMES
-    if Path(path).is_dir():
-        pictures = sum(1 for file in Path(path).iterdir() if file.suffix.lower() in FRAME_SUFFIXES)
-        return len(frame_indices(pictures, FOLDER_FPS, fps=options.fps))
-    try:
-        with av.open(path) as container:
-            stream = container.streams.video[0]
-            total = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-            return len(frame_indices(total, float(stream.average_rate or 0), fps=options.fps))
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} is not a video that can be read: {error}") from error
 
 
 def _counts(record: Record, visuals: int) -> list[int]:
