@@ -14,7 +14,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from llava_fast.demo.tokenizer import INTERLEAVE_CHAT_TEMPLATE, train_tokenizer
 from llava_fast.inputs import chat
 from llava_fast.inputs.chat import Media, read_prompt, render_template, tokenise
-from llava_fast.inputs.labels import QWEN_SYSTEM, VICUNA_SYSTEM
+from llava_fast.inputs.templates import QWEN_SYSTEM, VICUNA_SYSTEM
 
 TEXTS = [
     "system user assistant You are a helpful assistant. USER: ASSISTANT: A chat between a curious user and an artificial assistant.",
@@ -170,6 +170,15 @@ def test_marks_unknown_to_the_tokenizer_split_the_text(qwen):
     conversation = read_prompt("Compare <image> with <image>\n", [PICTURE] * 2)
     want = [*qwen("Compare ").input_ids, -200, *qwen(" with ").input_ids, -200, *qwen("\n").input_ids]
     assert tokenise(conversation, [1, 1], qwen, -200) == want
+
+
+def test_a_template_that_writes_bos_loses_nothing_after_a_picture(llama):
+    """Text after a mark that the tokenizer does not know begins with a word, not with a BOS to be cut off."""
+    template = "{{ bos_token }}{% for m in messages %}USER: {{ m['content'] }} {% endfor %}ASSISTANT:"
+    conversation = read_prompt([user(text("Compare"), image(), text("with"), image(), text("now"))])
+    plain = [llama(words, add_special_tokens=False).input_ids for words in ("<s>USER: Compare\n", "\nwith\n", "\nnow ASSISTANT:")]
+    assert plain[0][0] == llama.bos_token_id
+    assert tokenise(conversation, [1, 1], llama, -200, chat_template=template) == [*plain[0], -200, *plain[1], -200, *plain[2]]
 
 
 # --- keep_order ---

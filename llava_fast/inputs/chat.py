@@ -25,11 +25,21 @@ from typing import Any, Literal
 
 import jinja2
 
-from llava_fast.inputs.labels import QWEN_SYSTEM, VICUNA_SYSTEM
-from llava_fast.inputs.templates import INTERLEAVE_CHAT_TEMPLATE
+from llava_fast.inputs.templates import (
+    IMAGE_MARK,
+    INTERLEAVE_CHAT_TEMPLATE,
+    QWEN_SYSTEM,
+    chatml_eval_turn,
+    chatml_turn,
+    encode_chunks,
+    encode_text,
+    has_chatml,
+    token_id,
+    vicuna_text,
+)
 from llava_fast.requests import Tokenisation
 
-IMAGE_MARK, VIDEO_MARK = "<image>", "<video>"
+VIDEO_MARK = "<video>"
 _MARKS = re.compile(f"({IMAGE_MARK}|{VIDEO_MARK})")
 _SOURCE_KEYS = {"image": ("image", "url", "path", "base64"), "video": ("video", "url", "path")}
 logger = logging.getLogger(__name__)
@@ -202,7 +212,7 @@ def tokenise(
         ids = _hf(conversation, counts, tokenizer, image_token_id, chat_template, keep_order)
     elif not has_chatml(tokenizer):
         text = _vicuna(conversation, [_render(m, counts, first=tokenisation == "demo") for m in conversation.messages], tokenizer)
-        ids = encode_chunks(text, tokenizer, image_token_id)
+        ids = encode_chunks(text, tokenizer, image_token_id, special=True)
     else:
         turns = [(m.role, _render(m, counts, first=tokenisation == "demo")) for m in conversation.messages]
         if turns[0][0] != "system":
@@ -217,34 +227,11 @@ def tokenise(
     return ids
 
 
-def has_chatml(tokenizer: Any) -> bool:
-    return _known(tokenizer, "<|im_start|>") is not None
-
-
-def _known(tokenizer: Any, token: str) -> int | None:
-    found = tokenizer.convert_tokens_to_ids(token)
-    return None if found is None or found == tokenizer.unk_token_id else found
-
-
-def _ids(tokenizer: Any, text: str, special: bool = True) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
 def encode(text: str, tokenizer: Any, image_token_id: int, special: bool = True) -> list[int]:
     """Ids of a whole text where <image> is a token of the tokenizer's own; else chunk by chunk around the marks."""
-    if _known(tokenizer, IMAGE_MARK) == image_token_id:
-        return _ids(tokenizer, text, special)
+    if token_id(tokenizer, IMAGE_MARK) == image_token_id:
+        return encode_text(text, tokenizer, special)
     return encode_chunks(text, tokenizer, image_token_id, special)
-
-
-def encode_chunks(text: str, tokenizer: Any, image_token_id: int, special: bool = True) -> list[int]:
-    """LLaVA's tokenizer_image_token: the text between marks by itself, one leading BOS, no merge across a picture."""
-    chunks = [_ids(tokenizer, chunk, special) for chunk in text.split(IMAGE_MARK)]
-    bos = int(bool(chunks[0]) and chunks[0][0] == tokenizer.bos_token_id)
-    ids = chunks[0]
-    for chunk in chunks[1:]:
-        ids = [*ids, image_token_id, *chunk[bos:]]
-    return ids
 
 
 def _render(message: Message, counts: Sequence[int], first: bool = False, joint: str = "") -> str:
@@ -271,43 +258,25 @@ def _check_roles(roles: Sequence[str], tokenisation: str) -> None:
 
 
 def _chatml_eval(turns: Sequence[tuple[str, str]], tokenizer: Any, image_token_id: int) -> list[int]:
-    im_start, im_end, newline = _chatml(tokenizer)
-    ids: list[int] = []
-    for role, text in turns:
-        ids += [im_start, *_ids(tokenizer, role), *newline]
-        for number, chunk in enumerate(text.split(IMAGE_MARK)):
-            ids += ([image_token_id, *newline] if number else []) + _ids(tokenizer, chunk)
-        ids += [im_end, *newline]
-    return [*ids, im_start, *_ids(tokenizer, "assistant"), *newline]
+    parts = [part for role, text in turns for part in chatml_eval_turn(role, text, tokenizer, image_token_id)]
+    opening, _, _ = chatml_eval_turn("assistant", "", tokenizer, image_token_id)
+    return [token for part in [*parts, opening] for token in part]
 
 
 def _chatml_train(turns: Sequence[tuple[str, str]], tokenizer: Any, image_token_id: int) -> list[int]:
-    texts = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns] + ["<|im_start|>assistant\n"]
+    texts = [chatml_turn(role, text) for role, text in turns] + ["<|im_start|>assistant\n"]
     return [token for text in texts for token in encode(text, tokenizer, image_token_id)]
 
 
 def _chatml_demo(turns: Sequence[tuple[str, str]], tokenizer: Any, image_token_id: int) -> list[int]:
-    text = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
-    return encode_chunks(text, tokenizer, image_token_id)
-
-
-def _chatml(tokenizer: Any) -> tuple[int, int, list[int]]:
-    im_end = _known(tokenizer, "<|im_end|>")
-    if im_end is None:
-        raise ValueError("the tokenizer has <|im_start|> but no <|im_end|>")
-    return tokenizer.convert_tokens_to_ids("<|im_start|>"), im_end, _ids(tokenizer, "\n")
+    text = "".join(chatml_turn(role, text) for role, text in turns) + "<|im_start|>assistant\n"
+    return encode_chunks(text, tokenizer, image_token_id, special=True)
 
 
 def _vicuna(conversation: Conversation, texts: Sequence[str], tokenizer: Any) -> str:
     roles = [message.role for message in conversation.messages]
     _check_roles(roles, "v1")
-    text = (texts[0] if roles[0] == "system" else VICUNA_SYSTEM) + " "
-    for role, words in zip(roles, texts, strict=True):
-        if role == "user":
-            text += f"USER: {words} "
-        elif role == "assistant":
-            text += f"ASSISTANT: {words}{tokenizer.eos_token or '</s>'}"
-    return text + "ASSISTANT:"
+    return vicuna_text(zip(roles, texts, strict=True), tokenizer.eos_token or "</s>")[0] + "ASSISTANT:"
 
 
 # --- the checkpoint's template ---

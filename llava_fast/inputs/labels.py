@@ -20,15 +20,21 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from llava_fast.batch import IGNORE
+from llava_fast.inputs import chat
 from llava_fast.inputs.records import MARK, Turn
+from llava_fast.inputs.templates import (
+    INTERLEAVE_CHAT_TEMPLATE,
+    QWEN_SYSTEM,
+    chatml_eval_turn,
+    chatml_ids,
+    chatml_turn,
+    encode_chunks,
+    encode_text,
+    has_chatml,
+    vicuna_text,
+)
 
 Template = Literal["qwen_1_5", "qwen_1_5_eval", "v1", "plain", "hf"]
-
-QWEN_SYSTEM = "You are a helpful assistant."
-VICUNA_SYSTEM = (
-    "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions."
-)
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,12 @@ def encode_turns(
     if template == "qwen_1_5_eval":
         return _qwen_eval(system, dialogue, tokenizer, image_token_id)
     if template == "v1":
-        return _vicuna(system, dialogue, tokenizer, image_token_id)
+        return _vicuna(turns, tokenizer, image_token_id)
     if template == "plain":
         return _plain(dialogue, tokenizer, image_token_id)
     chat_template = chat_template or tokenizer.chat_template
-    if chat_template is None and "<|im_start|>" not in tokenizer.get_vocab():
-        return _vicuna(system, dialogue, tokenizer, image_token_id)
+    if chat_template is None and not has_chatml(tokenizer):
+        return _vicuna(turns, tokenizer, image_token_id)
     return _hf(turns, tokenizer, image_token_id, chat_template, keep_order)
 
 
@@ -85,46 +91,39 @@ def _expand_marks(turns: Sequence[Turn], counts: Sequence[int]) -> list[Turn]:
     return expanded
 
 
+def _with_system(system: str | None, dialogue: Sequence[Turn]) -> list[Turn]:
+    return [Turn("system", QWEN_SYSTEM if system is None else system), *dialogue]
+
+
 def _qwen(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
-    newline, im_start, im_end = _chatml_ids(tokenizer)
-    always = {newline, im_start, im_end}
+    always = {*_chatml_tokens(tokenizer)}
     ids: list[int] = []
     labels: list[int] = []
-    for turn in (Turn("system", QWEN_SYSTEM if system is None else system), *dialogue):
-        turn_ids = _with_pictures(f"<|im_start|>{turn.role}\n{turn.text}<|im_end|>\n", tokenizer, image)
+    for turn in _with_system(system, dialogue):
+        turn_ids = encode_chunks(chatml_turn(turn.role, turn.text), tokenizer, image)
         ids += turn_ids
         labels += [i if turn.role == "assistant" or i in always else IGNORE for i in turn_ids]
     return Labelled(ids, labels)
 
 
 def _qwen_eval(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
-    newline, im_start, im_end = _chatml_ids(tokenizer)
     ids: list[int] = []
     labels: list[int] = []
-    for turn in (Turn("system", QWEN_SYSTEM if system is None else system), *dialogue):
-        role = [*_encode(tokenizer, turn.role), newline]
-        text: list[int] = []
-        for number, chunk in enumerate(turn.text.split(MARK)):
-            text += ([image, newline] if number else []) + _encode(tokenizer, chunk)
-        ids += [im_start, *role, *text, im_end, newline]
-        supervised = text if turn.role == "assistant" else [IGNORE] * len(text)
-        labels += [im_start, *[IGNORE] * len(role), *supervised, im_end, newline]
+    for turn in _with_system(system, dialogue):
+        opening, text, end = chatml_eval_turn(turn.role, turn.text, tokenizer, image)
+        ids += opening + text + end
+        labels += [opening[0], *[IGNORE] * len(opening[1:]), *(text if turn.role == "assistant" else [IGNORE] * len(text)), *end]
     return Labelled(ids, labels)
 
 
-def _vicuna(system: str | None, dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
-    """{system} USER: {q} ASSISTANT: {a}</s>USER: ...; the labels are found by character, not by counting tokens as upstream."""
+def _vicuna(turns: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
+    """Answers and what ends them; the labels are found by character, not by counting tokens as upstream."""
     stop = tokenizer.eos_token
     if stop is None or not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             f"template v1 needs a fast tokenizer with an end-of-sequence token, got {type(tokenizer).__name__} with eos {stop!r}"
         )
-    text = (VICUNA_SYSTEM if system is None else system) + " "
-    answers = []
-    for question, answer in zip(dialogue[::2], dialogue[1::2], strict=True):
-        text += f"USER: {question.text} ASSISTANT: "
-        answers.append((len(text), len(text) + len(answer.text) + len(stop)))
-        text += answer.text + stop
+    text, answers = vicuna_text([(turn.role, turn.text) for turn in turns], stop)
     ids = _start(tokenizer)
     labels = [IGNORE] * len(ids)
     offset = 0
@@ -150,16 +149,14 @@ def _plain(dialogue: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
             f"template plain takes one picture (or several side by side) and one caption, got {marks} pictures and {len(dialogue)} turns"
         )
     prompt = [*_start(tokenizer), *[image] * marks]
-    caption = _encode(tokenizer, dialogue[1].text + "\n")
+    caption = encode_text(dialogue[1].text + "\n", tokenizer)
     return Labelled(prompt + caption, [IGNORE] * len(prompt) + caption)
 
 
 def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | None, keep_order: bool) -> Labelled:
     """Every answer follows a generation prompt, as in `generate`; a template may render past answers a little differently
     (the released ones put a newline before them that the generation prompt lacks)."""
-    from llava_fast.inputs import chat  # it imports this module's constants
-
-    template = chat_template or chat.INTERLEAVE_CHAT_TEMPLATE
+    template = chat_template or INTERLEAVE_CHAT_TEMPLATE
 
     def render(shown: Sequence[Turn]) -> str:
         messages = tuple(chat.Message(turn.role, _parts(turn.text)) for turn in shown)
@@ -171,7 +168,7 @@ def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | 
     done = ""
     for number, turn in enumerate(turns, 1):
         if turn.role == "assistant":
-            answer = _encode(tokenizer, turn.text)
+            answer = encode_text(turn.text, tokenizer)
             ids += answer + tail
             labels += answer + tail[:supervised] + [IGNORE] * (len(tail) - supervised)
             done = render(turns[:number]).removesuffix(generation_prompt) if number < len(turns) else ""
@@ -195,7 +192,7 @@ def _answer_frame(tokenizer: Any, template: str) -> tuple[str, list[int], int]:
         tokenizer.apply_chat_template(shown, chat_template=template, tokenize=False, add_generation_prompt=prompt)
         for shown, prompt in ((messages[:1], False), (messages[:1], True), (messages, False))
     )
-    tail = _encode(tokenizer, answered.rpartition("\N{END OF TEXT}")[2])
+    tail = encode_text(answered.rpartition("\N{END OF TEXT}")[2], tokenizer)
     special = set(tokenizer.all_special_ids)
     supervised = next((number + 1 for number, token in enumerate(tail) if token in special), 0)
     if not supervised:  # LLaVA-1.5's template ends an answer with a space, but generation must learn to stop
@@ -214,29 +211,14 @@ def _parts(text: str) -> tuple[str | int, ...]:
     return tuple(parts)
 
 
-def _chatml_ids(tokenizer: Any) -> tuple[int, int, int]:
-    """Ids of newline, <|im_start|> and <|im_end|>."""
-    vocabulary = tokenizer.get_vocab()
-    newline = _encode(tokenizer, "\n")
-    missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in vocabulary]
-    if missing or len(newline) != 1:
-        raise ValueError(
-            f"a ChatML template needs a tokenizer with <|im_start|>, <|im_end|> and one newline token, missing {missing}, newline {newline}"
-        )
-    return newline[0], vocabulary["<|im_start|>"], vocabulary["<|im_end|>"]
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _chatml_tokens(tokenizer: Any) -> tuple[int, int, int]:
+    """Ids of <|im_start|>, <|im_end|> and newline."""
+    start, end, newline = chatml_ids(tokenizer)
+    if len(newline) != 1:
+        raise ValueError(f"template qwen_1_5 needs a tokenizer whose newline is one token, got {newline}")
+    return start, end, newline[0]
 
 
 def _start(tokenizer: Any) -> list[int]:
     """The token that the tokenizer puts before every text ([] for Qwen)."""
     return [tokenizer.bos_token_id] if tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id] else []
-
-
-def _with_pictures(text: str, tokenizer: Any, image: int) -> list[int]:
-    ids: list[int] = []
-    for number, chunk in enumerate(text.split(MARK)):
-        ids += ([image] if number else []) + _encode(tokenizer, chunk)
-    return ids

@@ -17,7 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-MARK = "<image>"
+from llava_fast.inputs.templates import IMAGE_MARK as MARK
+
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 NOISE = "QA_GT_caption_based_noisy"  # left in VideoInstruct-100k's answers; upstream deletes it too
 
