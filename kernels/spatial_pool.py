@@ -151,7 +151,8 @@ def spatial_pool(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mo
 
     table_MD [M, D] floating; source_KHW int64 [K, H, W], the table row of each cell, rows may repeat -> [K * H' * W', D] in
     the table's dtype, map by map, row-major. Differentiable in the table. Raises ValueError for shapes, a mode, or a size that
-    do not fit (average and max: a size that no window gives exactly), and for a row outside the table.
+    do not fit (average and max: a size that no window gives exactly). For a row outside the table the CPU kernel raises ValueError and
+    the reference, on the CPU, IndexError; a GPU stops at a device-side assertion.
     """
     if table_MD.dim() != 2 or source_KHW.dim() != 3 or source_KHW.dtype != torch.int64:
         raise ValueError(

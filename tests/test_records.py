@@ -111,6 +111,7 @@ REVERSED = {"id": "x1", "conversations": [{"from": "gpt", "value": "A"}, {"from"
         ({"id": "x1", "conversations": [{"from": "bot", "value": "Q"}]}, "'bot'"),
         ({"id": "x1", "conversations": [{"from": "human", "value": None}]}, "must have a text"),
         ({"id": "x1", "conversations": ["hello"]}, "'hello'"),
+        ({"id": "x1", "conversations": [{"from": ["human"], "value": "Q"}]}, r"\['human'\]"),
         (talk("<image> or <image>?", image=["a.png", "b.png", "c.png", "d.png"]), "2 <image> marks but 4 pictures"),
         (talk("<image><image>", image="a.png"), "2 <image> marks but 1 pictures"),
         (talk("<image>"), "1 <image> marks but 0 pictures"),
@@ -130,6 +131,31 @@ def test_faults_name_file_and_record(folder, record, message):
     assert str(caught.value).startswith(f"{path}, record 1 (id 'x1'): ")
 
 
+LONG = "private " * 1000
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"id": LONG, "conversations": []},
+        {"id": "x1", "conversations": LONG},
+        {"id": "x1", "conversations": {"value": LONG}},
+        {"id": "x1", "conversations": [LONG]},
+        {"id": "x1", "conversations": [{"from": LONG, "value": LONG}]},
+        {"id": "x1", "conversations": [{"from": "human", "value": [LONG]}]},
+        {"id": "x1", "conversations": [{"speaker": "human", "text": LONG}]},
+        talk(image={"path": LONG}),
+        talk(image=[LONG, 5]),
+        talk(video={"path": LONG}),
+    ],
+)
+def test_messages_do_not_carry_a_records_content(folder, record):
+    path = write(folder, [record])
+    with pytest.raises(ValueError) as caught:
+        load_records(path)
+    assert len(str(caught.value)) < len(str(path)) + 400
+
+
 def test_bad_records_can_be_counted_instead(folder):
     said = []
     records = load_records(write(folder, [talk(), REVERSED, talk(), 5]), on_bad=said.append)
@@ -147,6 +173,7 @@ def test_bad_records_can_be_counted_instead(folder):
         ("mix.yaml", "datasets: [{json: a.json}]", "json_path"),
         ("mix.yaml", "datasets: [{json_path: none.json}]", "no data file none.json"),
         ("mix.yaml", "datasets: [{json_path: mix.yaml, strategy: all}]", "strategy"),
+        ("mix.yaml", "datasets: [{json_path: mix.yaml, strategy: all, 5: x}]", r"\['5', 'strategy'\]"),
     ],
 )
 def test_broken_files(folder, name, text, message):

@@ -132,6 +132,20 @@ def test_config_errors_name_the_field(fields, message):
         as_config({"model": "m", "data": ["a.json"], "output_dir": "out", **fields})
 
 
+@pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(TrainConfig)])
+@pytest.mark.parametrize("value", [object(), [object()], {"a": object()}])
+def test_any_field_of_a_wrong_kind_is_named_without_its_address(name, value):
+    with pytest.raises(ValueError, match=name) as caught:
+        as_config({"model": "m", "data": ["a.json"], "output_dir": "out", name: value})
+    assert " at 0x" not in str(caught.value)
+
+
+def test_a_field_whose_name_is_no_string():
+    with pytest.raises(ValueError, match="no field 5; known are .*tokens_per_row") as caught:
+        as_config({"model": "m", 5: object()})
+    assert " at 0x" not in str(caught.value)
+
+
 def test_config_files_that_are_not(tmp_path):
     with pytest.raises(ValueError, match="lacks data, output_dir"):
         as_config({"model": "m"})

@@ -25,6 +25,7 @@ from typing import Any, Literal
 
 import jinja2
 
+from llava_fast.checks import is_int, is_number, shown
 from llava_fast.inputs.templates import (
     IMAGE_MARK,
     INTERLEAVE_CHAT_TEMPLATE,
@@ -166,7 +167,7 @@ def _read_message(message: dict[str, Any], number: int, supply: _Supply) -> Mess
             bare = medium.source is None
             parts.append(supply.take(medium.kind, medium.num_frames, medium.fps) if bare else supply.add(medium))
         else:
-            raise ValueError(f"{where} has an item of type {kind!r}, expected text, image or video")
+            raise ValueError(f"{where} has an item of type {shown(kind)}, expected text, image or video")
     return Message(role, tuple(parts))
 
 
@@ -181,10 +182,10 @@ def _read_item(item: dict[str, Any], where: str) -> Media:
     if kind == "image":
         return Media("image", source)
     num_frames, fps = item.get("num_frames"), item.get("fps")
-    if num_frames is not None and (not isinstance(num_frames, int) or isinstance(num_frames, bool) or num_frames < 1):
-        raise ValueError(f"{where} has a video with num_frames {num_frames!r}, expected an integer >= 1")
-    if fps is not None and (not isinstance(fps, (int, float)) or isinstance(fps, bool) or not 0 < fps < float("inf")):
-        raise ValueError(f"{where} has a video with fps {fps!r}, expected a number > 0")
+    if num_frames is not None and not (is_int(num_frames) and num_frames >= 1):
+        raise ValueError(f"{where} has a video with num_frames {shown(num_frames)}, expected an integer >= 1")
+    if fps is not None and not (is_number(fps) and fps > 0):
+        raise ValueError(f"{where} has a video with fps {shown(fps)}, expected a number > 0")
     return Media("video", source, num_frames, None if fps is None else float(fps))
 
 
@@ -254,7 +255,9 @@ def _inline(part: Part, counts: Sequence[int]) -> str:
 def _check_roles(roles: Sequence[str], tokenisation: str) -> None:
     for number, role in enumerate(roles):
         if role not in ("user", "assistant") and (role, number) != ("system", 0):
-            raise ValueError(f"tokenisation {tokenisation!r} takes one system turn at the start, user and assistant turns, got {role!r}")
+            raise ValueError(
+                f"tokenisation {shown(tokenisation)} takes one system turn at the start, user and assistant turns, got {shown(role)}"
+            )
 
 
 def _chatml_eval(turns: Sequence[tuple[str, str]], tokenizer: Any, image_token_id: int) -> list[int]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from llava_fast.batch import IGNORE
+from llava_fast.checks import shown
 from llava_fast.inputs import chat
 from llava_fast.inputs.records import MARK, Turn
 from llava_fast.inputs.templates import (
@@ -63,7 +64,7 @@ def encode_turns(
     Raises ValueError for an unknown template or a tokenizer that lacks what the template needs.
     """
     if template not in get_args(Template):
-        raise ValueError(f"template must be one of {', '.join(get_args(Template))}, got {template!r}")
+        raise ValueError(f"template must be one of {', '.join(get_args(Template))}, got {shown(template)}")
     if counts is not None:
         turns = _expand_marks(turns, counts)
     system = turns[0].text if turns[0].role == "system" else None
@@ -121,7 +122,7 @@ def _vicuna(turns: Sequence[Turn], tokenizer: Any, image: int) -> Labelled:
     stop = tokenizer.eos_token
     if stop is None or not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            f"template v1 needs a fast tokenizer with an end-of-sequence token, got {type(tokenizer).__name__} with eos {stop!r}"
+            f"template v1 needs a fast tokenizer with an end-of-sequence token, got {type(tokenizer).__name__} with eos {shown(stop)}"
         )
     text, answers = vicuna_text([(turn.role, turn.text) for turn in turns], stop)
     ids = _start(tokenizer)
@@ -175,7 +176,7 @@ def _hf(turns: Sequence[Turn], tokenizer: Any, image: int, chat_template: str | 
         elif turn.role == "user":
             text = render(turns[:number])
             if not text.startswith(done):
-                raise ValueError(f"the chat template rewrites earlier turns: {done!r} became {text[: len(done)]!r}")
+                raise ValueError(f"the chat template rewrites earlier turns: {shown(done)} became {shown(text[: len(done)])}")
             add_start = not done and (tokenizer.bos_token is None or not text.startswith(tokenizer.bos_token))
             prompt = chat.encode(text[len(done) :], tokenizer, image, add_start)
             ids += prompt

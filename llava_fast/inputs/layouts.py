@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from llava_fast.batch import NEWLINE, PoolMode, Resample, Visual
+from llava_fast.checks import shown
 
 NewlinePosition = Literal["one_token", "frame", "grid"]
 Size = tuple[int, int]
@@ -42,7 +43,7 @@ def view_layout(grid: int, newline: bool = False, extra: int = 0) -> Visual:
 def pooled_grid(grid: int, pool: PoolMode, stride: int = 2) -> int:
     """Rows along one side after pooling: floor(g / stride) for average and max, ceil for bilinear. ValueError if none is left."""
     if pool not in POOLED:
-        raise ValueError(f"pool must be average, bilinear or max, got {pool!r}")
+        raise ValueError(f"pool must be average, bilinear or max, got {shown(pool)}")
     if stride < 1 or (pool != "bilinear" and stride > grid):
         raise ValueError(f"a pooling stride must be between 1 and the grid of {grid}, got {stride}")
     return math.ceil(grid / stride) if pool == "bilinear" else grid // stride
@@ -58,7 +59,7 @@ def frames_layout(frames: int, grid: int, pool: PoolMode | None = None, stride: 
     if frames < 1:
         raise ValueError(f"a video must have at least one frame, got {frames}")
     if newline not in (None, "one_token", "frame", "grid"):
-        raise ValueError(f"newline must be None, one_token, frame or grid, got {newline!r}")
+        raise ValueError(f"newline must be None, one_token, frame or grid, got {shown(newline)}")
     rows = np.arange(frames * patches).reshape(frames, grid, grid)
     resamples: tuple[Resample, ...] = ()
     if pool is not None:
@@ -84,7 +85,7 @@ def parse_pinpoints(pinpoints: Pinpoints, tile: int) -> list[Size]:
     if isinstance(pinpoints, str) and "x" in pinpoints:
         ends = [(int(w), int(h)) for w, h in re.findall(r"\((\d+)\s*x\s*(\d+)\)", pinpoints)]
         if not ends:
-            raise ValueError(f"image_grid_pinpoints must look like '(1x1),...,(6x6)', got {pinpoints!r}")
+            raise ValueError(f"image_grid_pinpoints must look like '(1x1),...,(6x6)', got {shown(pinpoints)}")
         (w0, h0), (w1, h1) = ends[0], ends[-1]
         sizes = [(w * tile, h * tile) for w in range(w0, w1 + 1) for h in range(h0, h1 + 1)]
     else:
@@ -92,12 +93,12 @@ def parse_pinpoints(pinpoints: Pinpoints, tile: int) -> list[Size]:
             listed = ast.literal_eval(pinpoints) if isinstance(pinpoints, str) else pinpoints
             sizes = [(int(w), int(h)) for w, h in listed]
         except (TypeError, ValueError, SyntaxError):
-            raise ValueError(f"image_grid_pinpoints must be a list of (width, height), got {pinpoints!r}") from None
+            raise ValueError(f"image_grid_pinpoints must be a list of (width, height), got {shown(pinpoints)}") from None
     for w, h in sizes:
         if w < tile or h < tile or w % tile or h % tile:
             raise ValueError(f"image_grid_pinpoints must be multiples of the tile of {tile} pixels, got {w}x{h}")
     if not sizes:
-        raise ValueError(f"image_grid_pinpoints must name at least one resolution, got {pinpoints!r}")
+        raise ValueError(f"image_grid_pinpoints must name at least one resolution, got {shown(pinpoints)}")
     return sizes
 
 
@@ -164,7 +165,7 @@ def anyres_layout(
         pooled = Resample("max", np.ascontiguousarray(map_hw[None, : h * 2, : w * 2]), (h, w))
         return Visual(views, patches, np.concatenate([base, table + np.arange(h * w)]), (pooled,))
     if merge != "spatial_unpad":
-        raise ValueError(f"mm_patch_merge_type must be flat, spatial, spatial_unpad or spatial_maxpool2x2, got {merge!r}")
+        raise ValueError(f"mm_patch_merge_type must be flat, spatial, spatial_unpad or spatial_maxpool2x2, got {shown(merge)}")
     map_hw = map_hw[unpadded((map_hw.shape[0], map_hw.shape[1]), size_wh)]
     resamples: tuple[Resample, ...] = ()
     if max_tiles is not None:

@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from llava_fast.checks import shown
+
 Order = Literal["first_fit", "first_fit_decreasing"]
 
 
@@ -111,4 +113,4 @@ def _check(tokens: np.ndarray, views: np.ndarray, tokens_per_row: int, views_per
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     if order not in ("first_fit", "first_fit_decreasing"):
-        raise ValueError(f"order must be first_fit or first_fit_decreasing, got {order!r}")
+        raise ValueError(f"order must be first_fit or first_fit_decreasing, got {shown(order)}")

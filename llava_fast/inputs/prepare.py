@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llava_fast.batch import PoolMode, Sample, Visual, splice
+from llava_fast.checks import shown
 from llava_fast.inputs.chat import Media, read_prompt, tokenise
 from llava_fast.inputs.images import ImageProcessor, open_image
 from llava_fast.inputs.layouts import NewlinePosition, Size, anyres_layout, default_pinpoints, frames_layout, parse_pinpoints, view_layout
@@ -82,19 +83,19 @@ class InputSpec:
         aspect, merge = str(options.get("image_aspect_ratio") or ""), str(options.get("mm_patch_merge_type") or "flat")
         limit = re.fullmatch(r"anyres_max_(\d+)", aspect)
         if aspect.startswith("anyres") and aspect != "anyres" and not limit:
-            raise ValueError(f"image_aspect_ratio must be anyres or anyres_max_N where it starts with anyres, got {aspect!r}")
+            raise ValueError(f"image_aspect_ratio must be anyres or anyres_max_N where it starts with anyres, got {shown(aspect)}")
         if merge not in ("flat", "spatial", "spatial_unpad", "spatial_maxpool2x2"):
-            raise ValueError(f"mm_patch_merge_type must be flat, spatial, spatial_unpad or spatial_maxpool2x2, got {merge!r}")
+            raise ValueError(f"mm_patch_merge_type must be flat, spatial, spatial_unpad or spatial_maxpool2x2, got {shown(merge)}")
         pool = options.get("mm_spatial_pool_mode")
         if pool not in (None, "average", "bilinear", "max"):
-            raise ValueError(f"mm_spatial_pool_mode must be average, bilinear or max, got {pool!r}")
+            raise ValueError(f"mm_spatial_pool_mode must be average, bilinear or max, got {shown(pool)}")
         position = options.get("mm_newline_position") or "one_token"
         if position not in ("one_token", "frame", "grid", "no_token"):
-            raise ValueError(f"mm_newline_position must be one_token, frame, grid or no_token, got {position!r}")
+            raise ValueError(f"mm_newline_position must be one_token, frame, grid or no_token, got {shown(position)}")
         wanted = merge.startswith("spatial") and position != "no_token" and ("unpad" in merge or position != "one_token")
         if wanted and not self.has_newline:
             raise ValueError(
-                f"mm_patch_merge_type {merge!r} with mm_newline_position {position!r} needs a newline row, which the model lacks"
+                f"mm_patch_merge_type {shown(merge)} with mm_newline_position {shown(position)} needs a newline row, which the model lacks"
             )
         pinpoints = options.get("image_grid_pinpoints")
         return replace(
@@ -179,7 +180,7 @@ def picture_layout(size_wh: Size, spec: InputSpec, anyres: bool) -> Visual:
     if spec.extra_rows:
         raise ValueError("anyres needs views that are a square of patches; this checkpoint keeps a class row besides")
     if "unpad" in spec.merge and not spec.has_newline:
-        raise ValueError(f"mm_patch_merge_type {spec.merge!r} needs a newline row, which the model lacks")
+        raise ValueError(f"mm_patch_merge_type {shown(spec.merge)} needs a newline row, which the model lacks")
     return anyres_layout(size_wh, spec.grid, spec.tile, spec.pinpoints or default_pinpoints(spec.tile), spec.merge, spec.max_tiles)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from llava_fast.checks import shown
 from llava_fast.inputs.templates import IMAGE_MARK as MARK
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -89,7 +90,7 @@ def sample_indices(total: int, strategy: str = "all", seed: int | Sequence[int] 
     kind, _, amount = strategy.partition(":")
     digits = amount.removesuffix("%")
     if kind not in ("first", "end", "random") or not digits.isdecimal():
-        raise ValueError(f"sampling_strategy must be all, first:N, end:N or random:N with N a count or P%, got {strategy!r}")
+        raise ValueError(f"sampling_strategy must be all, first:N, end:N or random:N with N a count or P%, got {shown(strategy)}")
     count = min(total, math.ceil(int(digits) * total / 100) if amount.endswith("%") else int(digits))
     if kind == "first":
         return list(range(count))
@@ -120,10 +121,10 @@ def _expand(path: Path) -> Iterator[tuple[Path, str]]:
         raise ValueError(f"{path}: a mixture is 'datasets:' followed by a list of json_path and sampling_strategy")
     for number, dataset in enumerate(mixture["datasets"]):
         if not isinstance(dataset, dict) or not isinstance(dataset.get("json_path"), str):
-            raise ValueError(f"{path}: datasets[{number}] has no json_path: {dataset!r}")
+            raise ValueError(f"{path}: datasets[{number}] has no json_path: {shown(dataset)}")
         unknown = set(dataset) - {"json_path", "sampling_strategy"}
         if unknown:
-            raise ValueError(f"{path}: datasets[{number}] has unknown keys {sorted(unknown)}; known are json_path and sampling_strategy")
+            raise ValueError(f"{path}: datasets[{number}] has unknown keys {shown(sorted(map(str, unknown)))}; known are json_path and sampling_strategy")
         named = Path(dataset["json_path"])
         found = next((p for p in (named, path.parent / named) if p.is_file()), None)
         if found is None:
@@ -146,7 +147,7 @@ def _read(path: Path) -> list[Any]:
 
 def _where(path: Path, index: int, entry: Any) -> str:
     name = entry.get("id", entry.get("sample_id")) if isinstance(entry, dict) else None
-    return f"{path}, record {index}" + ("" if name is None else f" (id {name!r})")
+    return f"{path}, record {index}" + ("" if name is None else f" (id {shown(name)})")
 
 
 def _media(entry: dict, where: str, folder: Path) -> tuple[list[str], bool]:
@@ -156,9 +157,9 @@ def _media(entry: dict, where: str, folder: Path) -> tuple[list[str], bool]:
         raise ValueError(f"{where}: has both 'image' and 'video'; a record has one or neither")
     names = [] if image is None else [image] if isinstance(image, str) else image
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{where}: 'image' must be a path or a list of paths, got {image!r}")
+        raise ValueError(f"{where}: 'image' must be a path or a list of paths, got {shown(image)}")
     if video is not None and not (isinstance(video, str) and video):
-        raise ValueError(f"{where}: 'video' must be a path, got {video!r}")
+        raise ValueError(f"{where}: 'video' must be a path, got {shown(video)}")
     names = [video] if video is not None else names
     for path in (folder / name for name in names):
         if not (path.is_file() or (video is not None and path.is_dir())):
@@ -169,16 +170,16 @@ def _media(entry: dict, where: str, folder: Path) -> tuple[list[str], bool]:
 def _turns(entry: dict, where: str) -> list[Turn]:
     conversation = entry.get("conversations")
     if not isinstance(conversation, list) or not conversation:
-        raise ValueError(f"{where}: 'conversations' must be a list of turns, got {conversation!r}")
+        raise ValueError(f"{where}: 'conversations' must be a list of turns, got {shown(conversation)}")
     turns = []
     for number, turn in enumerate(conversation):
         if not isinstance(turn, dict):
-            raise ValueError(f"{where}: turn {number} must be an object with 'from' and 'value', got {turn!r}")
+            raise ValueError(f"{where}: turn {number} must be an object with 'from' and 'value', got {shown(turn)}")
         role, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-        if role not in ROLES:
-            raise ValueError(f"{where}: turn {number} has the role {role!r}; known are {', '.join(ROLES)}")
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"{where}: turn {number} has the role {shown(role)}; known are {', '.join(ROLES)}")
         if not isinstance(text, str):
-            raise ValueError(f"{where}: turn {number} must have a text, got {text!r}")
+            raise ValueError(f"{where}: turn {number} must have a text, got {shown(text)}")
         turns.append(Turn(ROLES[role], text))  # type: ignore[arg-type]
     dialogue = turns[1:] if turns[0].role == "system" else turns
     expected: tuple[Role, Role] = ("user", "assistant")

@@ -7,7 +7,6 @@ no weight decay, clip 1, one epoch), with transformers' AdamW; those marked "our
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 import tomllib
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from llava_fast.checks import closest, is_int, is_number, require, shown
 from llava_fast.inputs.labels import Template
 from llava_fast.requests import InputOptions
 
@@ -45,8 +45,8 @@ class TrainConfig:
     optimiser step (the loss is the mean over all their labels, so 2 x 8k tokens is 1 x 16k).
     lr_*: learning rate of each part; "lr": the same as `lr`; None or "frozen": not trained. The decoder is everything that is
     neither tower nor projector, embeddings, head and newline row included.  clip: largest gradient norm, None: no clipping.
-    precision: 'fp32'; 'bf16': weights and activations in bf16, master weights, gradient sums and moments in fp32; 'auto': bf16 on a GPU,
-    fp32 on the CPU.
+    precision: 'fp32'; 'bf16': weights in bf16 (and activations, on a GPU: the CPU widens to fp32), master weights, gradient sums and
+    moments in fp32; 'auto': bf16 on a GPU, fp32 on the CPU.
     save_every: steps between checkpoints, None: only when interrupted; the newest `keep` stay.  resume: go on from the newest one.
     workers: threads that decode media ahead of the step.  cache_mb: memory for decoded samples, which later epochs then need not
     read again.
@@ -88,6 +88,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, (str, os.PathLike)) else self.data
+        paths = isinstance(data, (list, tuple)) and all(isinstance(path, (str, os.PathLike)) for path in data)
+        require(paths and len(data) > 0, "data", data, "at least one file")
         object.__setattr__(self, "data", tuple(os.fspath(path) for path in data))
         for name in ("model", "output_dir", "media_folder"):
             value = getattr(self, name)
@@ -96,32 +98,41 @@ class TrainConfig:
         for part in PARTS:
             if getattr(self, f"lr_{part}") == "frozen":  # TOML has no null
                 object.__setattr__(self, f"lr_{part}", None)
+        require(isinstance(self.betas, (list, tuple)), "betas", self.betas, "two numbers in [0, 1)")
         object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.inputs, Mapping):
             object.__setattr__(self, "inputs", _build(InputOptions, self.inputs, "inputs"))
         self._check()
 
     def _check(self) -> None:
-        _require(bool(self.model), "model", self.model, "a checkpoint directory or hub id")
-        _require(bool(self.data), "data", self.data, "at least one file")
-        _require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        for name, expected in (
+            ("model", "a checkpoint directory or hub id"),
+            ("output_dir", "a directory"),
+            ("device", "'auto' or a device"),
+        ):
+            value = getattr(self, name)
+            require(isinstance(value, str) and bool(value), name, value, expected)
+        require(self.media_folder is None or isinstance(self.media_folder, str), "media_folder", self.media_folder, "a directory or None")
+        for name in ("resume", "progress"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        require(isinstance(self.inputs, InputOptions), "inputs", self.inputs, "InputOptions or a mapping of their fields")
         for name in ("epochs", "tokens_per_row", "rows_per_step", "packing_window", "keep", "log_every", "workers"):
-            _require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
+            require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
         for name in ("max_steps", "views_per_row", "save_every"):
-            _require(getattr(self, name) is None or _whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1 or None")
+            require(getattr(self, name) is None or _whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1 or None")
         for name in ("seed", "cache_mb"):
-            _require(_whole(getattr(self, name), 0), name, getattr(self, name), "an integer >= 0")
-        _require(_number(self.lr) and self.lr > 0, "lr", self.lr, "a number > 0")
+            require(_whole(getattr(self, name), 0), name, getattr(self, name), "an integer >= 0")
+        require(is_number(self.lr) and self.lr > 0, "lr", self.lr, "a number > 0")
         for part in PARTS:
             value = getattr(self, f"lr_{part}")
-            _require(value in (None, "lr") or (_number(value) and value > 0), f"lr_{part}", value, "a number > 0, 'lr', or 'frozen'")
-        _require(any(self.part_lr(part) is not None for part in PARTS), "lr_vision_tower, lr_projector, lr_decoder", None, "not all frozen")
-        _require(len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
-        _require(_number(self.eps) and self.eps > 0, "eps", self.eps, "a number > 0")
-        _require(_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
-        _require(_number(self.warmup_ratio) and 0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
-        _require(self.clip is None or (_number(self.clip) and self.clip > 0), "clip", self.clip, "a number > 0 or None")
-        _require(
+            require(value in (None, "lr") or (is_number(value) and value > 0), f"lr_{part}", value, "a number > 0, 'lr', or 'frozen'")
+        require(any(self.part_lr(part) is not None for part in PARTS), "lr_vision_tower, lr_projector, lr_decoder", None, "not all frozen")
+        require(len(self.betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        require(is_number(self.eps) and self.eps > 0, "eps", self.eps, "a number > 0")
+        require(is_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
+        require(is_number(self.warmup_ratio) and 0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
+        require(self.clip is None or (is_number(self.clip) and self.clip > 0), "clip", self.clip, "a number > 0 or None")
+        require(
             self.inputs.tokenisation == "hf", "inputs.tokenisation", self.inputs.tokenisation, "left alone: `template` decides in training"
         )
         _one_of("template", self.template, get_args(Template))
@@ -160,10 +171,7 @@ def _build(kind: type, fields: Mapping[str, Any], where: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(kind)}
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            raise ValueError(
-                f"{where} has no field {name!r}" + (f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}")
-            )
+            raise ValueError(f"{where} has no field {shown(name)}{closest(name, known)}")
     required = [f.name for f in known.values() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     missing = [name for name in required if name not in fields]
     if missing:
@@ -172,17 +180,8 @@ def _build(kind: type, fields: Mapping[str, Any], where: str) -> Any:
 
 
 def _whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
-
-
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+    return isinstance(value, int) and is_int(value) and value >= least
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, name, value, " or ".join(allowed))
+    require(value in allowed, name, value, " or ".join(allowed))
