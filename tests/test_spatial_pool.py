@@ -213,6 +213,12 @@ def test_bad_arguments(change: dict, message: str) -> None:
         spatial_pool(**{**arguments, **change})
 
 
+@pytest.mark.parametrize("row", [50, -1])
+def test_the_reference_leaves_rows_outside_the_table_to_torch(row: int) -> None:
+    with registry.use(spatial_pool="reference"), pytest.raises(IndexError):
+        spatial_pool(torch.zeros(50, 4), torch.full((1, 5, 5), row), (2, 2))
+
+
 def test_instruction_set_from_the_environment() -> None:
     # The module alone, by its path: importing the package would take seconds each time.
     script = f"""
