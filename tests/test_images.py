@@ -427,6 +427,7 @@ def test_the_size_in_a_header_is_that_of_the_picture(orientation, kind, tmp_path
     assert image_size(tmp_path / "plain") == (30, 20)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize(("w", "h"), [(14_000, 14_000), (10_000, 9_000), (0, 5)])
 def test_a_header_is_refused_as_the_picture_is(w, h, tmp_path, monkeypatch):
     (tmp_path / "big.png").write_bytes(claiming(w, h))
