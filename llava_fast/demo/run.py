@@ -19,7 +19,7 @@ import llava_fast as lf
 from llava_fast.demo.model import make_checkpoint, write_records
 from llava_fast.demo.scenes import FRAMES, SCENARIOS, SIDE, TASKS, Question, questions
 
-TRAIN, EPOCHS, HELD_OUT = 6000, 4, 600
+TRAIN, EPOCHS, HELD_OUT = 6000, 5, 600
 NEEDED = 0.9  # accuracy in every scenario
 
 
