@@ -28,6 +28,7 @@ from transformers import AutoConfig, GenerationConfig
 from llava_fast import original
 from llava_fast.config import LlavaConfig, from_hf
 from llava_fast.inputs.prepare import InputSpec
+from llava_fast.memory import keep_freed_memory
 from llava_fast.models.llava import Llava
 
 if TYPE_CHECKING:
@@ -308,7 +309,9 @@ def load(
     """
     from llava_fast.api import LlavaFast
 
-    place, stored_as = _device(device), _dtype(dtype)
+    place, stored_as = as_device(device), _dtype(dtype)
+    if place.type == "cpu":
+        keep_freed_memory()
     with opened(path, vision_tower) as found:
         config, inputs_dir = found.config, found.inputs_dir
         with torch.device("meta"):
@@ -332,7 +335,8 @@ def load(
     return model.eval()
 
 
-def _device(device: str | torch.device) -> torch.device:
+def as_device(device: str | torch.device) -> torch.device:
+    """'auto' is the GPU where there is one. Raises ValueError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -60,10 +60,11 @@ class InputOptions:
 
     tokenisation: 'hf' the checkpoint's chat template; 'eval', 'train', 'demo' as in LLaVA-NeXT (see inputs/chat.py).
     keep_order: keep pictures where they stand in a message although the chat template moves them first.
-    image_aspect: 'squash' as the checkpoint's image processor does; 'pad' to a square first.
-    num_frames or fps: frames of a video (uniform, or by rate); frames_upbound: at most so many by rate, uniform instead where there
-    would be more, or always with force_sample.  pool: 'average', 'bilinear' or 'max', stride 2, over video frames.
-    anyres: tiles for requests with a single picture.  allowed_media_hosts: hosts from which http(s) pictures may be fetched.
+    image_aspect: 'squash' as the checkpoint's image processor does; 'pad' to a square first (not a picture that is cut into tiles).
+    num_frames or fps: frames of a video (uniform, or by rate).  frames_upbound: at most so many by rate (1 a second where none is
+    given), uniform instead where there would be more, or always with force_sample.  pool: 'average', 'bilinear' or 'max', stride 2,
+    over video frames.  anyres: tiles for requests with a single picture.
+    allowed_media_hosts: hosts from which http(s) pictures may be fetched.
     """
 
     tokenisation: Tokenisation = "hf"

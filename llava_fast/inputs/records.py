@@ -124,7 +124,9 @@ def _expand(path: Path) -> Iterator[tuple[Path, str]]:
             raise ValueError(f"{path}: datasets[{number}] has no json_path: {shown(dataset)}")
         unknown = set(dataset) - {"json_path", "sampling_strategy"}
         if unknown:
-            raise ValueError(f"{path}: datasets[{number}] has unknown keys {shown(sorted(map(str, unknown)))}; known are json_path and sampling_strategy")
+            raise ValueError(
+                f"{path}: datasets[{number}] has unknown keys {shown(sorted(map(str, unknown)))}; known are json_path and sampling_strategy"
+            )
         named = Path(dataset["json_path"])
         found = next((p for p in (named, path.parent / named) if p.is_file()), None)
         if found is None:

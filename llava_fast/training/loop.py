@@ -78,7 +78,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | os.PathLike, on_step: 
     not finite.
     """
     config = as_config(config)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device)
+    device = checkpoint.as_device(config.device)
     if os.path.realpath(config.output_dir) == os.path.realpath(config.model):
         raise ValueError(
             f"output_dir must not be the model's own directory, got {config.output_dir} for both: a resumed run reads the model"
