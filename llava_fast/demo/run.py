@@ -38,10 +38,10 @@ def run(out: Path, seed: int = 0, train_count: int = TRAIN, epochs: int = EPOCHS
     if not (data / "train.json").is_file():
         console.print(f"drawing {train_count:,} questions in {len(SCENARIOS)} scenarios to {data}", markup=False)
         asked = questions(train_count, seed, "train")
-        write_records(asked, data, "train")
         make_checkpoint(
             fresh, [part for question in asked[:300] for part in ("user\n", "assistant\n", question.text, question.answer)], seed
         )
+        write_records(asked, data, "train")  # train.json comes last: where it is, all of this is done
     seconds["data"] = time.perf_counter() - start
 
     console.print("training a SigLIP + MLP + Qwen2 model from random weights")
