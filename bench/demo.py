@@ -22,9 +22,11 @@ def main() -> None:
     limits = probe("cpu")
     print(describe(limits), flush=True)
     rows: list[dict[str, Any]] = []
+    failed = False
     for seed in SEEDS:
         with tempfile.TemporaryDirectory() as folder:
-            subprocess.run([sys.executable, "-m", "llava_fast.cli", "demo", "--out", folder, "--seed", str(seed)], check=True)
+            done = subprocess.run([sys.executable, "-m", "llava_fast.cli", "demo", "--out", folder, "--seed", str(seed)])
+            failed = failed or done.returncode != 0
             summary = json.loads((Path(folder) / "results.json").read_text())
         row: dict[str, Any] = {"name": f"demo_seed_{seed}", "device": "cpu", "steps": summary["steps"]}
         row |= {f"accuracy_{scenario['scenario'].replace(' ', '_')}": scenario["accuracy"] for scenario in summary["scenarios"]}
@@ -33,6 +35,7 @@ def main() -> None:
         row |= {key: summary[key] for key in ("agree_with_transformers", "compared_with_transformers")}
         rows.append(row)
     print(f"written: {results.write('demo', rows, {'seeds': list(SEEDS)}, limits)}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

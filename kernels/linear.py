@@ -12,7 +12,7 @@ from torch import Tensor
 
 # Bytes of widened weight at a time. A product with few rows reads each block once: 512 KiB stays in L2 (2026-11, [1, 1024] x
 # [152000, 1024] on one thread: 69 ms, 82 ms with 8 MiB blocks, 98 ms with 128 KiB; 55 ms with weights kept in fp32). With many
-# rows a weight is widened whole: in blocks of 8 MiB, writing the columns of the output took 1.7 of 14.1 s to a first token.
+# rows a weight is widened whole up to 256 MiB: in blocks of 8 MiB, writing the columns of the output took 1.7 of 14.1 s to a first token.
 BLOCK_BYTES = 256 << 20
 BLOCK_BYTES_FEW_ROWS = 512 << 10
 FEW_ROWS = 16

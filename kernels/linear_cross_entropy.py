@@ -66,5 +66,5 @@ def linear_cross_entropy_reference(hidden_LD: Tensor, weight_VD: Tensor, labels_
 
 
 def linear_cross_entropy(hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor) -> Tensor:
-    """-log p(label) for each row: hidden [L, D], weight [V, D], labels int64 [L] -> fp32 [L]."""
+    """-log p(label) for each row: hidden [L, D], weight [V, D], labels int64 [L] -> fp32 [L] (fp64 for fp64)."""
     return _LinearCrossEntropy.apply(hidden_LD, weight_VD, labels_L)

@@ -305,7 +305,8 @@ def load(
 
     path: a transformers `llava` directory or hub id, or an original LLaVA / LLaVA-NeXT directory.  device 'auto': the GPU where
     there is one.  dtype 'auto': as in the checkpoint.  vision_tower: where an original checkpoint's tower is, if not where its
-    config says.  Raises ValueError for anything that does not fit, before weights are read.
+    config says.  Raises ValueError for anything that does not fit, before weights are read (after it for a
+    stored tensor that should equal another one).
     """
     from llava_fast.api import LlavaFast
 
@@ -428,5 +429,5 @@ def _own_weights(directory: Path) -> set[str]:
     names = {"model.safetensors", "pytorch_model.bin"}
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         if (directory / index).is_file():
-            names |= {index, *read_json(directory / index)["weight_map"].values()}
+            names |= {index, *(Path(name).name for name in read_json(directory / index)["weight_map"].values())}
     return names

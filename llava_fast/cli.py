@@ -174,17 +174,14 @@ def demo(
 
 
 def main() -> None:
-    """The console entry: an expected error is one line on stderr and exit code 2; Ctrl-C is exit code 130."""
+    """The console entry: an expected error is one line on stderr and exit code 2; typer makes Ctrl-C exit code 130."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         notes.print("error:", style="red", end=" ")
         notes.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        notes.print("stopped")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

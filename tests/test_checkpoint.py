@@ -20,6 +20,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fast as lf
 from llava_fast import checkpoint
+from llava_fast.memory import keep_freed_memory
 
 SHAPES = [[3, "image", 5, "image"], [7, "image"], [9]]
 
@@ -206,6 +207,14 @@ def test_the_rescale_factor_reaches_the_model(checkpoints, tmp_path):
 def test_devices_that_are_not_there(checkpoints, device):
     with pytest.raises(ValueError, match=device):
         lf.load(checkpoints["qwen"], device=device)
+
+
+def test_memory_is_kept_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
+    assert keep_freed_memory() is False
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert keep_freed_memory() is False
 
 
 def test_broken_json_files(checkpoints, tmp_path):

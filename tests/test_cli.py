@@ -67,7 +67,8 @@ def test_errors_are_one_line(checkpoints, monkeypatch, capsys, arguments, messag
     with pytest.raises(SystemExit) as exit:
         main()
     assert exit.value.code == 2
-    assert message in " ".join(capsys.readouterr().err.split())
+    told = capsys.readouterr().err.strip()
+    assert message in told and len(told.splitlines()) == 1
 
 
 def test_names_with_brackets(checkpoints, monkeypatch, capsys):
@@ -90,7 +91,7 @@ def make_video(path, frames=12):
 
 
 def answer(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["llava-fast", "generate", "--json", "--max-new-tokens", "3", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["llava-fast", "generate", "--json", "--max-new-tokens", "12", *map(str, arguments)])
     with pytest.raises(SystemExit) as exit:
         main()
     assert not exit.value.code
@@ -108,14 +109,16 @@ def test_video_and_its_options(checkpoints, pictures, tmp_path, monkeypatch, cap
 
 
 def test_raw_order_and_aspect(checkpoints, pictures, monkeypatch, capsys):
-    model = lf.load(checkpoints["qwen"])
-    base = ["-m", checkpoints["qwen"], "-i", pictures[0]]
+    model = lf.load(checkpoints["qwen_untied"])
+    base = ["-m", checkpoints["qwen_untied"], "-i", pictures[0]]
     raw = answer(monkeypatch, capsys, *base, "--raw", "<image>What?")
-    assert raw["token_ids"] == lf.generate(model, lf.Request("<image>What?", images=[str(pictures[0])]), max_new_tokens=3).token_ids
-    messages = ask("Is <image> red?", [pictures[0]], [])
+    assert raw["token_ids"] == lf.generate(model, lf.Request("<image>What?", images=[str(pictures[0])]), max_new_tokens=12).token_ids
+    messages, seen = ask("Is <image> red?", [pictures[0]], []), set()
     for flag, options in ([], {}), (["--keep-order"], {"keep_order": True}), (["--image-aspect", "pad"], {"image_aspect": "pad"}):
-        expected = lf.generate(model, messages, max_new_tokens=3, **options)
+        expected = lf.generate(model, messages, max_new_tokens=12, **options)
         assert answer(monkeypatch, capsys, *base, *flag, "Is <image> red?")["token_ids"] == expected.token_ids
+        seen.add(tuple(expected.token_ids))
+    assert len(seen) == 3  # each flag matters
     # The tiny model's pictures are 60 x 40, a tile 42: one base view and one row of two tiles.
     assert answer(monkeypatch, capsys, *base, "--anyres", "What?")["visual_tokens"] > 9
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import llava_fast as lf
+from llava_fast.demo import run as demo_run
 from llava_fast.demo.model import make_checkpoint, write_records
 from llava_fast.demo.run import as_request, is_right, quarters, run, transformers_answers
 from llava_fast.demo.scenes import SCENARIOS, SIDE, TASKS, THREADS, questions, woven
@@ -57,7 +58,10 @@ def nearest_neighbour(task: str, place: int) -> float:
     return float(np.mean([answers[i] == known_answers[j] for i, j in enumerate(closest)]))
 
 
-@pytest.mark.parametrize("task, pictures, most", [("odd one out", 3, 0.5), ("where to", 4, 0.65), ("order", 4, 0.4), ("corner", 2, 0.65)])
+@pytest.mark.parametrize(
+    "task, pictures, most",
+    [("odd one out", 3, 0.5), ("what changed", 2, 0.5), ("where to", 4, 0.65), ("order", 4, 0.4), ("corner", 2, 0.65)],
+)
 def test_no_single_picture_tells_the_answer(task, pictures, most):
     """`most`: what one picture leaves open (of a move its one end, of a corner one of two words), and four standard deviations."""
     assert max(nearest_neighbour(task, place) for place in range(pictures)) < most
@@ -102,6 +106,26 @@ def test_answers_are_judged_by_their_end():
     assert [q.size for q in quarters(Image.new("RGB", (2 * SIDE, 2 * SIDE)))] == [(SIDE, SIDE)] * 4
 
 
+def test_what_fails_is_said(tmp_path, capsys):
+    """Hardly trained: exit code 1 and the reason; another seed in the same place does not meet the first one's files."""
+    for seed in (0, 1):
+        assert run(tmp_path, seed=seed, train_count=60, epochs=1) == 1
+        assert "90% are needed" in capsys.readouterr().out
+    assert {"checkpoint-0", "checkpoint-1", "answers.png", "results.json"} <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("missing", ["train.json", "config.json"])
+def test_an_interrupted_drawing_is_drawn_again(tmp_path, monkeypatch, missing):
+    def stop(*args, **kw):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(demo_run, "write_records" if missing == "train.json" else "make_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, train_count=60, epochs=1)
+    assert run(tmp_path, train_count=60, epochs=1) == 1 and (tmp_path / "checkpoint-0" / "config.json").is_file()
+
+
 @pytest.mark.slow
 def test_the_whole_demo(tmp_path):
     assert run(tmp_path, seed=1) == 0
@@ -110,4 +134,4 @@ def test_the_whole_demo(tmp_path):
     assert results["agree_with_transformers"] == results["compared_with_transformers"] == 400
     with Image.open(tmp_path / "answers.png") as sheet:
         assert sheet.width > 800
-    assert lf.load(tmp_path / "checkpoint").config.options["mm_spatial_pool_mode"] == "average"
+    assert lf.load(tmp_path / "checkpoint-1").config.options["mm_spatial_pool_mode"] == "average"

@@ -155,6 +155,13 @@ def test_bad_inputs(checkpoints):
         model.generate(torch.tensor([[5, 4000]]), max_new_tokens=3)
     with pytest.raises(ValueError, match=r"rows \[1\] of attention_mask are all padding"):
         model.generate(torch.tensor([[5], [6]]), attention_mask=torch.tensor([[1], [0]]), max_new_tokens=3)
+    for ids in (torch.tensor([5, 6]), torch.zeros(0, 3, dtype=torch.long), torch.zeros(1, 0, dtype=torch.long)):
+        with pytest.raises(ValueError, match="none of them empty"):
+            model.generate(ids, max_new_tokens=3)
+    with pytest.raises(ValueError, match="labels must be -100 or from 0 to 383, got 384"):
+        model(torch.tensor([[5, 6]]), labels=torch.tensor([[5, 384]]))
+    with pytest.raises(ValueError, match="generation_config must be a transformers GenerationConfig, got dict"):
+        model.generate(torch.tensor([[5]]), generation_config={"max_new_tokens": 3})
     with pytest.raises(ValueError, match="2048 tokens, which leaves none of the context's 2048"):
         model.generate(torch.full((1, 2048), 5), max_new_tokens=3)
 

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import llava_fast as lf
+from llava_fast.engine.generate import run
 from llava_fast.engine.text import TextStream
 
 
@@ -101,6 +102,8 @@ def test_samples_share_their_prompt(checkpoints):
     assert [c.index for c in several] == [0, 1, 2] and len({c.text for c in several}) == 3
     alone = lf.generate(model, request, temperature=1.2, seed=9, max_new_tokens=12)
     assert several[0].token_ids == alone.token_ids
+    told = [found for _, found in run(model, [request], lf.SamplingParams(n=3, max_new_tokens=4), lf.InputOptions(), True) if found]
+    assert len(told) == 1 and len(told[0]) == 3  # all of them end at one step, and are told of once
     with pytest.raises(ValueError, match="stream=True takes n=1, but request 0 asks for n=3"):
         lf.generate(model, request, n=3, stream=True)
 

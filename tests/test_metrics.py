@@ -25,6 +25,7 @@ def test_multiple_choice(prediction, right):
         ("3.5 is it.", "3.5 is it"),
         ("one\ttwo\nthree ", "one two three"),
         ("'quoted'", "quoted"),
+        ("'A'!", "a'"),  # quotes are stripped once, before what stood behind them is gone
         ("why: because", "why: because"),
         ("." * 40, "." * 8),  # 32 of them at most
     ],

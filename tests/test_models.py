@@ -16,6 +16,7 @@ import llava_fast as lf
 from llava_fast.batch import IGNORE, Sample, Visual, pack, splice
 from llava_fast.config import from_hf
 from llava_fast.inputs.layouts import frames_layout
+from llava_fast.kernels import linear as linear_op
 
 MIXED = [[3, "image", 5, "image", 4], [7, "image"], ["image", 6], [11]]
 FLOOR = 1e-7  # absolute: the key biases' gradient is zero by mathematics
@@ -276,6 +277,23 @@ def test_bf16_weights_are_widened(checkpoints, tmp_path):
     kept = inputs["attention_mask"].bool()
     with torch.no_grad():
         assert_close(model(**inputs).logits[kept], hf(**inputs).logits[kept])
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 100])
+def test_widening_by_blocks(monkeypatch, rows):
+    """Weights of a narrower dtype in several blocks, few rows and many: the product with the weight widened whole."""
+    for name in ("BLOCK_BYTES", "BLOCK_BYTES_FEW_ROWS"):
+        monkeypatch.setattr(linear_op, name, 7 * 33 * 4)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, rows, 33, generator=generator)[:1]
+    weight, bias = torch.randn(50, 33, generator=generator).bfloat16(), torch.randn(50, generator=generator).bfloat16()
+    with torch.no_grad():
+        for b in (None, bias):
+            expected = F.linear(x, weight.float(), None if b is None else b.float())
+            assert_close(linear_op.linear(x, weight, b), expected, 1e-6)
+    grown = x.clone().requires_grad_()
+    linear_op.linear(grown, weight, bias).sum().backward()
+    assert_close(grown.grad, weight.float().sum(0).expand_as(grown), 1e-6)
 
 
 def test_views_of_another_size_are_refused(checkpoints):

@@ -18,7 +18,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from llava_fast.demo.tokenizer import INTERLEAVE_CHAT_TEMPLATE, train_tokenizer
+from llava_fast.demo.tokenizer import train_tokenizer
+from llava_fast.inputs.templates import INTERLEAVE_CHAT_TEMPLATE
 
 TEXTS = [
     "What are these? Describe the picture in detail. Which picture is the odd one out?",

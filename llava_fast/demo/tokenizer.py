@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-from llava_fast.inputs.templates import INTERLEAVE_CHAT_TEMPLATE
 
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
 LLAMA_SPECIAL = ["<unk>", "<s>", "</s>", "<image>", "<pad>"]
@@ -36,7 +33,3 @@ def train_tokenizer(texts: Iterable[str], family: str = "qwen", vocab_size: int 
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>", extra_special_tokens=["<image>"]
     )
-
-
-def save_chat_template(directory: Path | str, template: str = INTERLEAVE_CHAT_TEMPLATE) -> None:
-    Path(directory, "chat_template.jinja").write_text(template)

@@ -38,6 +38,8 @@ def pack_padded(
         raise ValueError("give pixel_values with input_ids: in inputs_embeds the pictures' places are not known")
     given = input_ids if input_ids is not None else inputs_embeds
     assert given is not None
+    if given.ndim != (2 if input_ids is not None else 3) or 0 in given.shape:
+        raise ValueError(f"input_ids must be [B, T] and inputs_embeds [B, T, D], none of them empty, got {list(given.shape)}")
     B, T = given.shape[:2]
     for name, tensor in (("attention_mask", attention_mask), ("labels", labels)):
         if tensor is not None and tuple(tensor.shape) != (B, T):
@@ -51,6 +53,10 @@ def pack_padded(
     if len(out_of_range):
         raise ValueError(f"input_ids must be from 0 to {model.config.decoder.vocab_size - 1}, got {int(out_of_range[0])}")
     all_labels = None if labels is None else labels.cpu().numpy()
+    if all_labels is not None:
+        wrong = all_labels[(all_labels != IGNORE) & ((all_labels < 0) | (all_labels >= model.config.decoder.vocab_size))]
+        if len(wrong):
+            raise ValueError(f"labels must be {IGNORE} or from 0 to {model.config.decoder.vocab_size - 1}, got {int(wrong[0])}")
     samples = [Sample(ids[b][kept[b]], labels=None if all_labels is None else all_labels[b][kept[b]].astype(np.int64)) for b in range(B)]
     batch = pack(samples, needed=needed)
     rows = torch.from_numpy(np.flatnonzero(kept))
@@ -114,6 +120,8 @@ def settings(model: Any, shorthand: dict[str, Any]) -> dict[str, Any]:
     Raises ValueError naming what none of them may ask for here.
     """
     own, base = shorthand.pop("generation_config", None) or GenerationConfig(), model.generation_config
+    if not isinstance(own, GenerationConfig):
+        raise ValueError(f"generation_config must be a transformers GenerationConfig, got {type(own).__name__}")
     layers = [{name: value for name, value in shorthand.items() if value is not None}]
     layers += [{k: v for k, v in config.to_diff_dict().items() if k not in NOT_SETTINGS and v is not None} for config in (own, base)]
     for layer in layers:

@@ -32,6 +32,12 @@ class Job:
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
     texts: list[TextStream] = dataclasses.field(default_factory=list)
     timings: dict[str, float] = dataclasses.field(default_factory=dict)
+    ended: int = 0
+
+    def ends(self) -> int:
+        """Count the end of one sequence; returns how many go on or are still to be told of."""
+        self.ended += 1
+        return len(self.sequences) - self.ended
 
     @property
     def rows(self) -> int:
@@ -161,7 +167,7 @@ def _run_pack(model: Any, jobs: list[Job], begun: float) -> Iterator[tuple[Delta
             if sequence.finish_reason is not None:
                 rest = text.finish()
                 delta = _late(job) if sequence.finish_reason == "error" else delta + rest
-            finished = all(other.finish_reason for other in job.sequences)
+            finished = sequence.finish_reason is not None and job.ends() == 0
             if finished:
                 job.timings["total"] = time.perf_counter() - begun
             if delta or sequence.finish_reason:

@@ -24,7 +24,7 @@ def normalise_answer(text: str) -> str:
         touches = f"{mark} " in text or f" {mark}" in text
         out = out.replace(mark, "" if delete_all or touches else " ")
     out = re.sub(r"\.(?!\d)", "", out, count=32)
-    return out.strip("'\")( ").lower()
+    return out.strip("'").strip('"').strip(")").strip("(").strip().lower()  # one kind after another, as there
 
 
 def is_right_choice(prediction: str, gold: str) -> bool:
