@@ -12,8 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llava_fast.api import LlavaFast, generate
-    from llava_fast.checkpoint import load
+    from llava_fast.api import LlavaFast, generate, load
     from llava_fast.requests import Completion, InputOptions, Request, SamplingParams
     from llava_fast.training.config import TrainConfig
     from llava_fast.training.loop import TrainResult, train
@@ -24,7 +23,7 @@ __version__ = "0.1.0"
 _HOME = {
     "LlavaFast": "api",
     "generate": "api",
-    "load": "checkpoint",
+    "load": "api",
     "Completion": "requests",
     "InputOptions": "requests",
     "Request": "requests",

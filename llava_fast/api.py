@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llava_fast import checkpoint
-from llava_fast.config import LlavaConfig
 from llava_fast.engine import dropin
 from llava_fast.engine.generate import generate as generate_requests
 from llava_fast.inputs.prepare import InputSpec
@@ -18,20 +17,10 @@ from llava_fast.models.llava import Llava
 
 
 class LlavaFast(Llava):
-    """Made by `load`. An nn.Module whose parameters are named as in transformers, without the leading 'model.'.
-
-    input_spec: what inputs need (tokenizer, image processor, layouts).  carried: tensors of the checkpoint that nothing runs.
-    sidecar: the checkpoint's other files by name, saved back unchanged.
-    """
+    """Made by `load`. An nn.Module whose parameters are named as in transformers, without the leading 'model.'."""
 
     input_spec: InputSpec
     generation_config: GenerationConfig
-    carried: dict[str, Tensor]
-    sidecar: dict[str, bytes]
-
-    def __init__(self, config: LlavaConfig):
-        super().__init__(config)
-        self.carried, self.sidecar = {}, {}
 
     @property
     def tokenizer(self) -> Any:
@@ -75,11 +64,26 @@ class LlavaFast(Llava):
         checkpoint.save_pretrained(self, directory, max_shard_size)
 
 
+def load(
+    path: str | os.PathLike,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    vision_tower: str | os.PathLike | None = None,
+) -> LlavaFast:
+    """Read a checkpoint: a transformers `llava` directory or hub id, or an original LLaVA / LLaVA-NeXT directory.
+
+    device 'auto': the GPU where there is one.  dtype 'auto': as in the checkpoint; arithmetic on the CPU is in fp32 all the same.
+    vision_tower: where an original checkpoint's tower is, if not where its config says.
+    Raises ValueError for anything that does not fit, naming it.
+    """
+    return checkpoint.load(LlavaFast, path, device, dtype, vision_tower)
+
+
 def generate(model: LlavaFast | str | os.PathLike, requests: Any, *args: Any, **kw: Any) -> Any:
     """Answer requests with a loaded model, or with a checkpoint that is loaded, used and freed: see engine/generate.py."""
     if isinstance(model, LlavaFast):
         return generate_requests(model, requests, *args, **kw)
-    loaded = checkpoint.load(model)
+    loaded = load(model)
     try:
         return generate_requests(loaded, requests, *args, **kw)
     finally:

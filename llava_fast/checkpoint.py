@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -31,8 +31,7 @@ from llava_fast.inputs.prepare import InputSpec
 from llava_fast.memory import keep_freed_memory
 from llava_fast.models.llava import Llava
 
-if TYPE_CHECKING:
-    from llava_fast.api import LlavaFast
+M = TypeVar("M", bound=Llava)
 
 # File names of every generation of both formats -> our parameter names. The first match that applies ends each group.
 RENAMES = (
@@ -296,27 +295,26 @@ def opened(path: str | os.PathLike, vision_tower: str | os.PathLike | None = Non
 
 
 def load(
+    kind: type[M],
     path: str | os.PathLike,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     vision_tower: str | os.PathLike | None = None,
-) -> LlavaFast:
-    """Read a checkpoint into a `LlavaFast`.
+) -> M:
+    """Read a checkpoint into a model of this kind (`llava_fast.load` makes a `LlavaFast`).
 
     path: a transformers `llava` directory or hub id, or an original LLaVA / LLaVA-NeXT directory.  device 'auto': the GPU where
     there is one.  dtype 'auto': as in the checkpoint.  vision_tower: where an original checkpoint's tower is, if not where its
     config says.  Raises ValueError for anything that does not fit, before weights are read (after it for a
     stored tensor that should equal another one).
     """
-    from llava_fast.api import LlavaFast
-
     place, stored_as = as_device(device), _dtype(dtype)
     if place.type == "cpu":
         keep_freed_memory()
     with opened(path, vision_tower) as found:
         config, inputs_dir = found.config, found.inputs_dir
         with torch.device("meta"):
-            model = LlavaFast(config)
+            model = kind(config)
         check_tensors(model, found.stored, found.grown)
         model.input_spec = InputSpec.from_dir(
             inputs_dir,

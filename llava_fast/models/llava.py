@@ -5,6 +5,8 @@ Shape letters: T rows, R needed rows, L label rows, N views, D width, V vocabula
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,11 +26,19 @@ class Llava(nn.Module):
     """Parameters are named as in transformers' LlavaForConditionalGeneration without its leading 'model.'.
 
     image_mean, image_std, image_rescale: how uint8 views are normalised.
+    Set by checkpoint.load, for those above: input_spec, what inputs need; generation_config; carried, tensors of the checkpoint that
+    nothing runs; sidecar, its other files by name, saved back unchanged.
     """
+
+    input_spec: Any
+    generation_config: Any
+    carried: dict[str, Tensor]
+    sidecar: dict[str, bytes]
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
         self.config = config
+        self.carried, self.sidecar = {}, {}
         self.image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
         self.image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
         self.image_rescale: float = 1 / 255

@@ -18,6 +18,7 @@ from zlib import crc32
 import torch
 
 from llava_fast import checkpoint
+from llava_fast.models.llava import Llava
 from llava_fast.training.batches import Dataset, Position, Step, ahead, make_steps, plan_epoch, total_steps
 from llava_fast.training.checkpoint import list_states, load_state, save_state
 from llava_fast.training.config import TrainConfig, as_config
@@ -85,7 +86,7 @@ def train(config: TrainConfig | Mapping[str, Any] | str | os.PathLike, on_step: 
         )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     skipped = Skipped(Path(config.output_dir))
-    model = checkpoint.load(config.model, device=device, dtype=torch.float32)
+    model = checkpoint.load(Llava, config.model, device=device, dtype=torch.float32)
     data = index_records(config, model.input_spec, skipped if config.on_bad_record == "skip" else None)
     result = fit(model, data, config, device, on_step, skipped)
     checkpoint.save_pretrained(model, config.output_dir)
