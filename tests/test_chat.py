@@ -11,10 +11,10 @@ from transformers import LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llava_fast.demo.tokenizer import INTERLEAVE_CHAT_TEMPLATE, train_tokenizer
+from llava_fast.demo.tokenizer import train_tokenizer
 from llava_fast.inputs import chat
 from llava_fast.inputs.chat import Media, read_prompt, render_template, tokenise
-from llava_fast.inputs.templates import QWEN_SYSTEM, VICUNA_SYSTEM
+from llava_fast.inputs.templates import INTERLEAVE_CHAT_TEMPLATE, QWEN_SYSTEM, VICUNA_SYSTEM
 
 TEXTS = [
     "system user assistant You are a helpful assistant. USER: ASSISTANT: A chat between a curious user and an artificial assistant.",

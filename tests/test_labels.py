@@ -7,11 +7,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from llava_fast.batch import IGNORE
-from llava_fast.demo.tokenizer import INTERLEAVE_CHAT_TEMPLATE, train_tokenizer
+from llava_fast.demo.tokenizer import train_tokenizer
 from llava_fast.inputs.chat import read_prompt, tokenise
 from llava_fast.inputs.labels import encode_turns
 from llava_fast.inputs.records import Turn
-from llava_fast.inputs.templates import QWEN_SYSTEM, VICUNA_SYSTEM
+from llava_fast.inputs.templates import INTERLEAVE_CHAT_TEMPLATE, QWEN_SYSTEM, VICUNA_SYSTEM
 
 TEXTS = ["system user assistant You are a helpful assistant.", "What is this? A red cat.\n\nAnd that? A dog.", "USER: ASSISTANT: yes no"]
 IMAGE = 9999  # a placeholder that no tokenizer gives
