@@ -24,10 +24,11 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 # No contraction: a * b + c rounds the same way in every instruction set, so all of them give the same bits.
-CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 ISA_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+    + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # GCC 12 warns of its own _mm512_undefined_ps
 }
 NVCC_FLAGS = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler=-fPIC,-fvisibility=hidden", "--cudart=static"]
 NVCC_FLAGS += ["-gencode", "arch=compute_80,code=[sm_80,compute_80]"]

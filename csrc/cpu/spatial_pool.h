@@ -5,9 +5,10 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace llava_fast {
 
-enum class DType : int { f32, f64, bf16, f16 };
 enum class PoolMode : int { average, max, bilinear };
 
 struct PoolShape {

@@ -1,0 +1,295 @@
+// A register of floats in the instruction set of the including file (which defines ISA), and the few operations kernels need.
+//
+// kWidth floats: 16 with AVX-512, 8 with AVX2 and in the portable build, where GCC's and clang's vector types stand in.
+// 16-bit floats are widened as they are loaded and rounded to nearest even as they are stored. `n` bounds a load or store at the end
+// of a row: the lanes past it read as zero and are not written. fma() rounds once where the set has the instruction.
+//
+// Everything is static inline inside the namespace of the instruction set; see half.h for the reason.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "half.h"
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define LLAVA_FAST_JOIN_(a, b) a##b
+#ifndef LLAVA_FAST_JOIN
+#define LLAVA_FAST_JOIN(a, b) LLAVA_FAST_JOIN_(a, b)
+#endif
+
+namespace llava_fast {
+namespace ISA {
+
+#if defined(__AVX512F__)
+
+constexpr int64_t kWidth = 16;
+typedef __m512 vec;
+
+static inline vec splat(float x) {
+    return _mm512_set1_ps(x);
+}
+static inline vec load(const float* p) {
+    return _mm512_loadu_ps(p);
+}
+static inline vec load(const bf16* p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+static inline vec load(const f16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+static inline vec load(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
+static inline __mmask16 lanes(int64_t n) {
+    return static_cast<__mmask16>((1u << n) - 1u);
+}
+static inline vec load(const float* p, int64_t n) {
+    return _mm512_maskz_loadu_ps(lanes(n), p);
+}
+static inline vec load(const bf16* p, int64_t n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes(n), p)), 16));
+}
+static inline vec load(const f16* p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p));
+}
+static inline void store(float* p, vec x) {
+    _mm512_storeu_ps(p, x);
+}
+static inline void store(float* p, vec x, int64_t n) {
+    _mm512_mask_storeu_ps(p, lanes(n), x);
+}
+static inline __m256i to_bf16(vec x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc0)));
+}
+static inline void store(bf16* p, vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(x));
+}
+static inline void store(bf16* p, vec x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, lanes(n), to_bf16(x));
+}
+static inline void store(f16* p, vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void store(f16* p, vec x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline vec fma(vec a, vec b, vec c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+static inline vec max(vec a, vec b) {
+    return _mm512_max_ps(a, b);
+}
+static inline vec min(vec a, vec b) {
+    return _mm512_min_ps(a, b);
+}
+static inline vec sqrt(vec a) {
+    return _mm512_sqrt_ps(a);
+}
+static inline vec round(vec a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline vec scale2(vec a, vec n) {
+    return _mm512_scalef_ps(a, n);
+}  // a * 2^n
+static inline float sum(vec a) {
+    return _mm512_reduce_add_ps(a);
+}
+static inline float largest(vec a) {
+    return _mm512_reduce_max_ps(a);
+}
+
+#elif defined(__AVX2__)
+
+constexpr int64_t kWidth = 8;
+typedef __m256 vec;
+
+static inline vec splat(float x) {
+    return _mm256_set1_ps(x);
+}
+static inline vec load(const float* p) {
+    return _mm256_loadu_ps(p);
+}
+static inline vec load(const bf16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+}
+static inline vec load(const f16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+static inline vec load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+static inline __m256i lanes(int64_t n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline vec load(const float* p, int64_t n) {
+    return _mm256_maskload_ps(p, lanes(n));
+}
+static inline void store(float* p, vec x) {
+    _mm256_storeu_ps(p, x);
+}
+static inline void store(float* p, vec x, int64_t n) {
+    _mm256_maskstore_ps(p, lanes(n), x);
+}
+static inline void store(bf16* p, vec x) {
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+    const __m256i chosen = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(chosen, chosen), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+static inline void store(f16* p, vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline vec fma(vec a, vec b, vec c) {
+    return _mm256_fmadd_ps(a, b, c);
+}
+static inline vec max(vec a, vec b) {
+    return _mm256_max_ps(a, b);
+}
+static inline vec min(vec a, vec b) {
+    return _mm256_min_ps(a, b);
+}
+static inline vec sqrt(vec a) {
+    return _mm256_sqrt_ps(a);
+}
+static inline vec round(vec a) {
+    return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// a * 2^n in two steps, so that results below 2^-126 and above 2^127 come out right.
+static inline vec scale2(vec a, vec n) {
+    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
+    const __m256i bias = _mm256_set1_epi32(127);
+    const vec first = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+    const vec second = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
+    return _mm256_mul_ps(_mm256_mul_ps(a, first), second);
+}
+static inline float sum(vec a) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+static inline float largest(vec a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+
+#else
+
+constexpr int64_t kWidth = 8;
+typedef float vec __attribute__((vector_size(32)));
+
+static inline vec splat(float x) {
+    return vec{x, x, x, x, x, x, x, x};
+}
+static inline vec load(const float* p) {
+    vec x;
+    std::memcpy(&x, p, sizeof(x));
+    return x;
+}
+template <typename T>
+static inline vec load(const T* p) {
+    vec x;
+    for (int64_t i = 0; i < kWidth; ++i) x[i] = widen(p[i]);
+    return x;
+}
+static inline vec load(const int8_t* p) {
+    vec x;
+    for (int64_t i = 0; i < kWidth; ++i) x[i] = static_cast<float>(p[i]);
+    return x;
+}
+static inline vec load(const float* p, int64_t n) {
+    vec x = splat(0.0f);
+    for (int64_t i = 0; i < n; ++i) x[i] = p[i];
+    return x;
+}
+static inline void store(float* p, vec x) {
+    std::memcpy(p, &x, sizeof(x));
+}
+template <typename T>
+static inline void store(T* p, vec x) {
+    for (int64_t i = 0; i < kWidth; ++i) narrow(x[i], p + i);
+}
+static inline void store(float* p, vec x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = x[i];
+}
+static inline vec fma(vec a, vec b, vec c) {
+    return a * b + c;
+}
+static inline vec max(vec a, vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) a[i] = a[i] > b[i] ? a[i] : b[i];
+    return a;
+}
+static inline vec min(vec a, vec b) {
+    for (int64_t i = 0; i < kWidth; ++i) a[i] = a[i] < b[i] ? a[i] : b[i];
+    return a;
+}
+static inline vec sqrt(vec a) {
+    for (int64_t i = 0; i < kWidth; ++i) a[i] = __builtin_sqrtf(a[i]);
+    return a;
+}
+static inline vec round(vec a) {
+    for (int64_t i = 0; i < kWidth; ++i) a[i] = __builtin_rintf(a[i]);
+    return a;
+}
+static inline vec scale2(vec a, vec n) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+        const int32_t whole = static_cast<int32_t>(n[i]), half = whole >> 1;
+        a[i] = a[i] * float_of(static_cast<uint32_t>(half + 127) << 23) * float_of(static_cast<uint32_t>(whole - half + 127) << 23);
+    }
+    return a;
+}
+static inline float sum(vec a) {
+    return ((a[0] + a[4]) + (a[2] + a[6])) + ((a[1] + a[5]) + (a[3] + a[7]));
+}
+static inline float largest(vec a) {
+    float best = a[0];
+    for (int64_t i = 1; i < kWidth; ++i) best = a[i] > best ? a[i] : best;
+    return best;
+}
+
+#endif
+
+#if !defined(__AVX512F__)
+template <typename T>
+static inline vec load(const T* p, int64_t n) {
+    T part[kWidth] = {};
+    for (int64_t i = 0; i < n; ++i) part[i] = p[i];
+    return load(part);
+}
+template <typename T>
+static inline void store(T* p, vec x, int64_t n) {
+    T part[kWidth];
+    store(part, x);
+    for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+#endif
+
+// e^x to 1.2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r by Cephes. 0 for -infinity, infinity past 88.7.
+static inline vec exp(vec x) {
+    // min and max return their second operand for NaN in x86's order; written so that NaN comes through.
+    x = min(splat(89.0f), max(splat(-104.0f), x));
+    const vec n = round(x * splat(1.44269504088896341f));
+    vec r = fma(n, splat(-0.693359375f), x);
+    r = fma(n, splat(2.12194440e-4f), r);
+    vec p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = fma(p, r * r, r) + splat(1.0f);
+    return scale2(p, n);
+}
+
+}  // namespace ISA
+}  // namespace llava_fast

@@ -1,0 +1,54 @@
+"""What every Triton kernel file shares: the import, where it may run, and the launch configuration of a shape class.
+
+`from llava_fast.kernels._triton import tl, triton, jit`: without triton installed the kernels stay plain functions that nobody
+calls, and the registry reports that the module does not import. Interpreted (TRITON_INTERPRET=1, read when a kernel is decorated)
+they run on CPU tensors too; that mode is for tests, in fp32 and fp16 (bf16 is silently wrong there).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+except ImportError:  # the reference and C++ paths need none of it
+    triton = tl = None
+
+    def jit(function: Any) -> Any:
+        return function
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)  # of every Triton Implementation
+TUNED = Path(__file__).parent / "tuned.json"
+
+
+@cache
+def _tuned() -> dict[str, dict[str, dict[str, Any]]]:
+    return json.loads(TUNED.read_text()) if TUNED.exists() else {}
+
+
+@cache
+def device_class(device: torch.device) -> str:
+    """'sm_90' for a Hopper GPU; 'sm_90' for anything that is no GPU too (the interpreter and the ahead-of-time compile)."""
+    if device.type != "cuda":
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def config(kernel: str, shape_class: str, default: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Launch parameters (block sizes, num_warps, num_stages) of a kernel: as tuned on this class of device, else `default`.
+
+    The table is rewritten by `make tune`; nothing is tuned at run time.
+    """
+    return {**default, **_tuned().get(device_class(device), {}).get(kernel, {}).get(shape_class, {})}
