@@ -3,6 +3,6 @@
 
 namespace llava_fast {
 
-enum class DType : int { f32, f64, bf16, f16 };
+enum class DType : int { f32, f64, bf16, f16, e4m3 };
 
 }  // namespace llava_fast

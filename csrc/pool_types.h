@@ -18,7 +18,8 @@ inline void bind_pool_types(pybind11::module_& m) {
         .value("float32", DType::f32)
         .value("float64", DType::f64)
         .value("bfloat16", DType::bf16)
-        .value("float16", DType::f16);
+        .value("float16", DType::f16)
+        .value("float8_e4m3fn", DType::e4m3);
     py::enum_<PoolMode>(m, "PoolMode", py::module_local())
         .value("average", PoolMode::average)
         .value("max", PoolMode::max)

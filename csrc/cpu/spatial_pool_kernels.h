@@ -173,6 +173,8 @@ void LLAVA_FAST_JOIN(spatial_pool_forward_, ISA)(const PoolTask& task) {
             return ISA::forward<bf16>(task);
         case DType::f16:
             return ISA::forward<f16>(task);
+        case DType::e4m3:  // Python takes the four above
+            return;
     }
 }
 
@@ -186,6 +188,8 @@ void LLAVA_FAST_JOIN(spatial_pool_backward_, ISA)(const PoolTask& task) {
             return ISA::backward<bf16>(task);
         case DType::f16:
             return ISA::backward<f16>(task);
+        case DType::e4m3:  // Python takes the four above
+            return;
     }
 }
 
