@@ -10,6 +10,10 @@
 namespace py = pybind11;
 using namespace llava_fast;
 
+namespace llava_fast {
+void bind_linear(py::module_& m);
+}
+
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of llava_fast";
     m.def("supported_isas", &supported_isas, "Instruction sets of this machine, best last");
@@ -36,4 +40,5 @@ PYBIND11_MODULE(_cpu, m) {
                                   pointer<void>(grad_table), threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    bind_linear(m);
 }

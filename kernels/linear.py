@@ -243,7 +243,67 @@ def _launch(
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {dtype: str(dtype).removeprefix("torch.") for dtype in (*_FLOATS, torch.float64)}
-registry.register("linear", {"reference": Implementation(linear_reference)})
+
+
+def _launch_cpu(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    kind: str,
+    group: int,
+    act: str,
+    rows: Tensor | None,
+    pre: Tensor | None,
+) -> None:
+    from llava_fast import _cpu
+
+    _cpu.linear(
+        *(_cpu_names or _name_cpu(_cpu))[x.dtype, kind, act],
+        *x.shape,
+        weight.shape[0],
+        x.data_ptr(),
+        x.stride(0),
+        weight.data_ptr(),
+        0 if scale is None else scale.data_ptr(),
+        group,
+        0 if bias is None else bias.data_ptr(),
+        _cpu.DType.float32 if bias is None else getattr(_cpu.DType, str(bias.dtype)[6:]),
+        0 if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+        out.data_ptr(),
+        out.stride(0),
+        out.shape[0],
+        0 if rows is None else rows.data_ptr(),
+        0 if pre is None else pre.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+_cpu_names: dict[tuple[torch.dtype, str, str], tuple[Any, Any, Any]] = {}
+
+
+def _name_cpu(module: Any) -> dict[tuple[torch.dtype, str, str], tuple[Any, Any, Any]]:
+    """The C++ names of every (dtype, kind, act): a look-up in an enumeration takes longer than one here."""
+    for dtype in _FLOATS:
+        for kind in _CPU_KINDS:
+            for act in ("", *ACTIVATIONS):
+                names = getattr(module.DType, _KINDS[dtype]), getattr(module.WeightType, kind), getattr(module.Act, act or "none")
+                _cpu_names[dtype, kind, act] = names
+    return _cpu_names
+
+
+_CPU_KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
+LAUNCHERS["cpu"] = _launch_cpu
+registry.register(
+    "linear",
+    {
+        "cpu": Implementation(_launch_cpu, ("cpu",), _FLOATS, serves=lambda kind: kind in _CPU_KINDS, modules=("llava_fast._cpu",)),
+        "reference": Implementation(linear_reference),
+    },
+)
 
 
 def linear(

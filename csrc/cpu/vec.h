@@ -23,6 +23,11 @@
 namespace llava_fast {
 namespace ISA {
 
+// Two numbers of -8 to 7 in a byte, 8 added to each, the first in the low four bits. A load reads kWidth numbers, kWidth / 2 bytes.
+struct nibbles {
+    uint8_t bits;
+};
+
 #if defined(__AVX512F__)
 
 constexpr int64_t kWidth = 16;
@@ -54,6 +59,18 @@ static inline vec load(const bf16* p, int64_t n) {
 }
 static inline vec load(const f16* p, int64_t n) {
     return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(lanes(n), p));
+}
+static inline vec load(const int8_t* p, int64_t n) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes(n), p)));
+}
+// Each lane shifts its own four bits down; the table look-up reads no more of the index.
+static inline vec load(const nibbles* p) {
+    int64_t bytes;
+    std::memcpy(&bytes, p, sizeof(bytes));
+    const __m512i spread =
+        _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1), _mm512_set1_epi64(bytes));
+    const __m512i index = _mm512_srlv_epi32(spread, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm512_permutexvar_ps(index, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
 }
 static inline void store(float* p, vec x) {
     _mm512_storeu_ps(p, x);
@@ -124,6 +141,12 @@ static inline vec load(const f16* p) {
 }
 static inline vec load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+static inline vec load(const nibbles* p) {
+    int32_t bytes;
+    std::memcpy(&bytes, p, sizeof(bytes));
+    const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(shifted, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
 }
 static inline __m256i lanes(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -207,6 +230,11 @@ static inline vec load(const int8_t* p) {
     for (int64_t i = 0; i < kWidth; ++i) x[i] = static_cast<float>(p[i]);
     return x;
 }
+static inline vec load(const nibbles* p) {
+    vec x;
+    for (int64_t i = 0; i < kWidth; ++i) x[i] = static_cast<float>((p[i / 2].bits >> (i % 2 * 4) & 15) - 8);
+    return x;
+}
 static inline vec load(const float* p, int64_t n) {
     vec x = splat(0.0f);
     for (int64_t i = 0; i < n; ++i) x[i] = p[i];
@@ -271,6 +299,77 @@ static inline void store(T* p, vec x, int64_t n) {
     T part[kWidth];
     store(part, x);
     for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+#endif
+
+// n is even, and the lanes past it are not zero: what multiplies them must be.
+static inline vec load(const nibbles* p, int64_t n) {
+    nibbles part[kWidth / 2] = {};
+    for (int64_t i = 0; i < n / 2; ++i) part[i] = p[i];
+    return load(part);
+}
+
+#if defined(__AVX512F__)
+static inline void transpose(vec (&r)[kWidth]) {
+    vec t[kWidth];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+        r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i]), _mm512_castps_pd(t[i + 2])));
+        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+        r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(t[i + 1]), _mm512_castps_pd(t[i + 3])));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; ++i) {
+        r[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
+        r[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
+        r[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
+        r[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+#elif defined(__AVX2__)
+static inline void transpose(vec (&r)[kWidth]) {
+    vec t[kWidth];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(t[i]), _mm256_castps_pd(t[i + 2])));
+        r[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(t[i]), _mm256_castps_pd(t[i + 2])));
+        r[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(t[i + 1]), _mm256_castps_pd(t[i + 3])));
+        r[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(t[i + 1]), _mm256_castps_pd(t[i + 3])));
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 4; ++i) {
+        const vec low = r[i], high = r[i + 4];
+        r[i] = _mm256_permute2f128_ps(low, high, 0x20);
+        r[i + 4] = _mm256_permute2f128_ps(low, high, 0x31);
+    }
+}
+#else
+static inline void transpose(vec (&r)[kWidth]) {
+    for (int i = 0; i < kWidth; ++i) {
+        for (int j = 0; j < i; ++j) {
+            const float kept = r[i][j];
+            r[i][j] = r[j][i];
+            r[j][i] = kept;
+        }
+    }
 }
 #endif
 

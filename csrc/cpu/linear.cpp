@@ -1,0 +1,70 @@
+#include "cpu/linear.h"
+
+#include <algorithm>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+#include "half.h"
+
+namespace llava_fast {
+
+namespace {
+
+constexpr std::align_val_t kAlign{64};
+
+struct Scratch {
+    float* data = nullptr;
+    int64_t size = 0;
+    ~Scratch() { ::operator delete(data, kAlign); }
+};
+
+template <typename T>
+void widen_all(const void* from, int64_t n, std::vector<float>& to) {
+    to.resize(n);
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(widen(static_cast<const T*>(from)[i]));
+}
+
+// Waking threads costs some 10 us, the time one core takes to read 100 KB or to do some two million multiply-adds.
+int useful_threads(const LinearTask& task) {
+    const int64_t share = std::max(task.I * task.O / 65536, task.M * task.I * task.O / 2000000);
+    return static_cast<int>(std::clamp<int64_t>(share, 1, std::max(task.threads, 1)));
+}
+
+}  // namespace
+
+float* linear_scratch(int64_t floats) {
+    static thread_local Scratch scratch;
+    if (scratch.size < floats) {
+        ::operator delete(scratch.data, kAlign);
+        scratch.data = nullptr;
+        scratch.size = 0;
+        scratch.data = static_cast<float*>(::operator new(floats * sizeof(float), kAlign));
+        scratch.size = floats;
+    }
+    return scratch.data;
+}
+
+void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows) {
+    if (task.rows == nullptr && task.M > out_rows) {
+        throw std::invalid_argument("out has " + std::to_string(out_rows) + " rows, expected " + std::to_string(task.M));
+    }
+    for (int64_t m = 0; task.rows != nullptr && m < task.M; ++m) {
+        if (task.rows[m] < 0 || task.rows[m] >= out_rows) {
+            throw std::invalid_argument("rows[" + std::to_string(m) + "] is " + std::to_string(task.rows[m]) +
+                                        ", expected a row of out, 0 to " + std::to_string(out_rows - 1));
+        }
+    }
+    std::vector<float> wide_bias;
+    if (bias != nullptr && bias_type == DType::bf16) widen_all<bf16>(bias, task.O, wide_bias);
+    if (bias != nullptr && bias_type == DType::f16) widen_all<f16>(bias, task.O, wide_bias);
+    if (bias != nullptr && bias_type == DType::f64) widen_all<double>(bias, task.O, wide_bias);
+    task.bias = wide_bias.empty() ? static_cast<const float*>(bias) : wide_bias.data();
+    if (task.M == 0 || task.O == 0) return;
+    task.threads = useful_threads(task);
+    LLAVA_FAST_CHOOSE(linear)(task);
+}
+
+}  // namespace llava_fast

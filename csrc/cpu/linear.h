@@ -1,0 +1,48 @@
+// y = act(x W^T + b) + residual with W stored narrow and widened in registers; see kernels/linear.py for the formula.
+//
+// Letters: M rows of x, I inputs, O outputs. Accumulation is fp32. Results depend on the instruction set alone, not on threads.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace llava_fast {
+
+enum class WeightType : int { f32, bf16, f16, int8, int4 };
+enum class Act : int { none, gelu, gelu_tanh, quick_gelu, silu };
+
+struct LinearTask {
+    DType dtype;  // of x, residual, out and pre: f32, bf16 or f16
+    WeightType weight_type;
+    Act act;
+    int64_t M, I, O;
+    const void* x;  // [M, I], rows x_stride elements apart
+    int64_t x_stride;
+    const void* weight;    // [O, I]; int4: [O, I / 2] bytes, the low four bits first, 8 added to each number
+    const float* scale;    // [O, ceil(I / group)] for int8 and int4
+    int64_t group;         // a multiple of 32, or I
+    const float* bias;     // [O] or null
+    const void* residual;  // [M, O] or null
+    int64_t residual_stride;
+    void* out;  // row m goes to row rows[m], or m where rows is null
+    int64_t out_stride;
+    const int64_t* rows;
+    void* pre;  // null, or contiguous [M, O]: the values before act
+    int threads;
+};
+
+void linear_portable(const LinearTask& task);
+#if defined(__x86_64__)
+void linear_avx2(const LinearTask& task);
+void linear_avx512(const LinearTask& task);
+#endif
+
+// 64-byte aligned memory of the calling thread, kept from call to call; contents are what the last user left.
+float* linear_scratch(int64_t floats);
+
+// The whole op. bias_type: of task.bias, given as `bias`. out_rows: rows of out. Throws std::invalid_argument for an entry of rows
+// outside [0, out_rows).
+void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows);
+
+}  // namespace llava_fast
