@@ -15,6 +15,9 @@ from typing import Any
 
 import torch
 
+# Triton warns that its default, contraction of a * b + c, is about to change: numbers and speed would with it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
 try:
     import triton
     import triton.language as tl
@@ -30,6 +33,7 @@ except ImportError:  # the reference and C++ paths need none of it
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)  # of every Triton Implementation
 TUNED = Path(__file__).parent / "tuned.json"
+TARGET = "sm_90"  # what a device stands for that is no GPU: the interpreter's, and that of the ahead-of-time compile, which sets it
 
 
 @cache
@@ -37,11 +41,13 @@ def _tuned() -> dict[str, dict[str, dict[str, Any]]]:
     return json.loads(TUNED.read_text()) if TUNED.exists() else {}
 
 
-@cache
 def device_class(device: torch.device) -> str:
-    """'sm_90' for a Hopper GPU; 'sm_90' for anything that is no GPU too (the interpreter and the ahead-of-time compile)."""
-    if device.type != "cuda":
-        return "sm_90"
+    """'sm_90' for a Hopper GPU, TARGET for what is no GPU."""
+    return _capability(device) if device.type == "cuda" else TARGET
+
+
+@cache
+def _capability(device: torch.device) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
 
