@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
+from setuptools.modified import newer_group
 
 # No contraction: a * b + c rounds the same way in every instruction set, so all of them give the same bits.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
@@ -76,18 +78,20 @@ class BuildExtensions(build_ext):
         if ext.name.endswith("._cuda"):
             self._build_cuda(ext)
             return
-        x86 = platform.machine() in ("x86_64", "AMD64")
-        for suffix, flags in ISA_FLAGS.items():
-            sources = [source for source in ext.sources if source.endswith(suffix)]
-            ext.sources = [source for source in ext.sources if source not in sources]
-            if x86:
-                ext.extra_objects += self.compiler.compile(
-                    sources,
-                    output_dir=self.build_temp,
-                    include_dirs=ext.include_dirs,
-                    extra_postargs=ext.extra_compile_args + flags,
-                    depends=ext.depends,
-                )
+        if platform.machine() not in ("x86_64", "AMD64"):
+            ext.sources = [source for source in ext.sources if not source.endswith(tuple(ISA_FLAGS))]
+
+        def compiled(source: str) -> str:
+            (built,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+            if self.force or newer_group([source, *ext.depends, __file__], built):
+                flags = [flag for suffix, special in ISA_FLAGS.items() if source.endswith(suffix) for flag in special]
+                arguments = {"output_dir": self.build_temp, "include_dirs": ext.include_dirs}
+                self.compiler.compile([source], extra_postargs=ext.extra_compile_args + flags, **arguments)
+            return built
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # setuptools would compile one file after the other, and all of them
+            ext.extra_objects = list(pool.map(compiled, ext.sources))
+        ext.sources, ext.depends = [], [*ext.depends, *ext.extra_objects]
         super().build_extension(ext)
 
     def _build_cuda(self, ext: Extension) -> None:
