@@ -8,7 +8,7 @@ TESTED := llava_fast kernels bench tests setup.py
 # One thread a process: the suite's parallelism is its worker processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-fast test-online lint format bench clean
+.PHONY: help demo test test-interpreter test-aot test-main test-fast test-online test-gpu lint format aot bench gpu tune clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,7 +20,16 @@ demo: ## install, train a small model on four kinds of generated visual question
 	@if ! nvidia-smi -L >/dev/null 2>&1; then export LLAVA_FAST_CUDA=$${LLAVA_FAST_CUDA:-0}; fi; $(MAKE) --no-print-directory $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/llava-fast demo
 
-test: $(STAMP) lint ## lint and every test that needs no network
+# In this order, and each in a process of its own.
+test: lint test-interpreter test-aot test-main ## lint and every test that needs neither network nor GPU
+
+test-interpreter: $(STAMP)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interpreter
+
+test-aot: $(STAMP)
+	$(BIN)/python -m bench.aot --check
+
+test-main: $(STAMP)
 	$(PYTEST)
 
 test-fast: $(STAMP) ## the tests to run while working
@@ -28,6 +37,9 @@ test-fast: $(STAMP) ## the tests to run while working
 
 test-online: $(STAMP) ## tests against released checkpoints (needs the network)
 	LLAVA_FAST_ONLINE=1 $(BIN)/python -m pytest -m online
+
+test-gpu: $(STAMP) ## Triton kernels against fp64 references, on a GPU
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(STAMP) ## ruff, mypy, clang-format
 	$(BIN)/ruff check $(TESTED)
@@ -43,6 +55,15 @@ format: $(STAMP) ## rewrite the sources as lint wants them
 bench: $(STAMP) ## the limits of this machine, then every benchmark against its baseline
 	$(BIN)/python -m bench.limits
 	$(BIN)/python -m pytest bench --benchmark-only
+
+aot: $(STAMP) ## compile every Triton kernel and .cu without a GPU; rewrites aot.csv
+	$(BIN)/python -m bench.aot
+
+gpu: ## build, test and measure on a GPU machine, offline, in nine minutes; results under bench/results/ or $$OUT
+	$(PYTHON) -m bench.gpu
+
+tune: $(STAMP) ## time the candidates of every Triton kernel on this GPU; rewrites kernels/tuned.json
+	$(BIN)/python -m bench.tune
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info llava_fast/*.so

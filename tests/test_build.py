@@ -78,10 +78,10 @@ def environment_with(package: Path, folder: Path, **environment: str) -> Path:
 
 
 def package_files() -> set[str]:
-    """Python files of the package, those behind the link included, as they are named in an archive."""
-    files = [(path, "llava_fast" / path.relative_to(ROOT / "llava_fast")) for path in (ROOT / "llava_fast").rglob("*.py")]
-    files += [(path, "llava_fast/kernels" / path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")]
-    return {str(name) for _, name in files}
+    """Python files of the package and its data, those behind the link included, as they are named in an archive."""
+    names = {str("llava_fast" / path.relative_to(ROOT / "llava_fast")) for path in (ROOT / "llava_fast").rglob("*.py")}
+    names |= {str("llava_fast/kernels" / path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("*.py")}
+    return names | {"llava_fast/py.typed", "llava_fast/kernels/tuned.json"}
 
 
 @pytest.mark.slow
@@ -89,13 +89,13 @@ def test_archives_hold_the_package(built: tuple[Path, Path]) -> None:
     sdist, wheel = built
     with tarfile.open(sdist) as archive:
         members = {member.name.split("/", 1)[-1]: member for member in archive.getmembers()}
-    expected = package_files() | {"llava_fast/py.typed", "LICENSE", "setup.py", "pyproject.toml"}
+    expected = package_files() | {"LICENSE", "setup.py", "pyproject.toml"}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
     assert expected <= set(members)
     assert all(members[name].isfile() for name in expected)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert package_files() | {"llava_fast/py.typed"} <= names
+    assert package_files() <= names
     assert {name.partition("/")[0] for name in names} == {"llava_fast", "llava_fast-0.1.0.dist-info"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     native = [name for name in names if name.endswith(".so")]
