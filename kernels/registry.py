@@ -11,7 +11,7 @@ import importlib
 import logging
 import os
 import pkgutil
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,15 +57,32 @@ class Implementation:
         return None
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What runs for one kind of call: name None where nothing can; others: why each other implementation does not run."""
+
+    op: str
+    device: str
+    dtype: torch.dtype
+    shape: Hashable
+    name: str | None
+    reason: str
+    others: dict[str, str]
+
+
 _ops: dict[str, Mapping[str, Implementation]] = {}
+_shapes: dict[str, Sequence[Hashable]] = {}
 _overrides: dict[str, str] = {}  # of the innermost use()
 _resolved: dict[tuple[Any, ...], str] = {}
 
 
-def register(op: str, implementations: Mapping[str, Implementation]) -> None:
-    """Make `op` known with its implementations, the preferred one first; 'reference' has to be among them."""
+def register(op: str, implementations: Mapping[str, Implementation], shapes: Sequence[Hashable] = (None,)) -> None:
+    """Make `op` known with its implementations, the preferred one first; 'reference' has to be among them.
+
+    shapes: shape classes as the op resolves them, those that `explain` is to tell about.
+    """
     assert "reference" in implementations and set(implementations) <= set(NAMES), list(implementations)
-    _ops[op] = implementations
+    _ops[op], _shapes[op] = implementations, shapes
 
 
 def resolve(op: str, device: str, dtype: torch.dtype, shape: Hashable = None) -> Callable[..., Any]:
@@ -107,6 +124,27 @@ def _choose(op: str, device: str, dtype: torch.dtype, shape: Hashable) -> tuple[
     raise ValueError(f"no implementation of {op} can take this call: {'; '.join(passed)}")
 
 
+def explain(device: str, dtypes: Sequence[torch.dtype]) -> list[Choice]:
+    """What each op would run, and why, for every shape class it was registered with. Imports all ops."""
+    for op in _files():
+        importlib.import_module(f"{__package__}.{op}")
+    calls = [(op, device, dtype, shape) for op in sorted(_ops) for dtype in dtypes for shape in _shapes[op]]
+    return [_explain(*call) for call in calls]
+
+
+def _explain(op: str, device: str, dtype: torch.dtype, shape: Hashable) -> Choice:
+    try:
+        chosen, reason = _choose(op, device, dtype, shape)
+    except ValueError as error:
+        chosen, reason = None, str(error)
+    others = {}
+    for name, implementation in _ops[op].items():
+        if name != chosen:
+            idle = "comes later" if implementation.default else "not a default: it runs when it is asked for"
+            others[name] = implementation.obstacle(device, dtype, shape) or idle
+    return Choice(op, device, dtype, shape, chosen, reason.partition(";")[0], others)
+
+
 def _environment() -> dict[str, str]:
     """LLAVA_FAST_KERNELS, checked."""
     asked = {}
@@ -120,10 +158,14 @@ def _environment() -> dict[str, str]:
     return asked
 
 
-def _check(op: str, name: str) -> None:
-    # One op a file: the names of the files are the names of the ops, loaded or not.
+def _files() -> set[str]:
+    """One op a file: the names of the files are the names of the ops, loaded or not."""
     package = importlib.import_module(__package__)
-    known = {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")} - {"registry"}
+    return {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")} - {"registry"}
+
+
+def _check(op: str, name: str) -> None:
+    known = _files()
     if op not in _ops and op in known:
         importlib.import_module(f"{__package__}.{op}")
     if op not in _ops and op not in known:

@@ -135,13 +135,20 @@ def convert(
 
 @app.command()
 def info(
-    path: Annotated[str, typer.Argument(help="a checkpoint directory or hub id")],
+    path: Annotated[str | None, typer.Argument(help="a checkpoint directory or hub id")] = None,
     vision_tower: VisionTower = None,
+    kernels: Annotated[bool, typer.Option("--kernels", help="which implementation each op runs on this machine, and why")] = False,
     as_json: Annotated[bool, typer.Option("--json")] = False,
 ) -> None:
-    """Architecture, parameters, tokens a picture, KV bytes a token, memory; reads no weights."""
+    """Architecture, parameters, tokens a picture, KV bytes a token, memory; reads no weights. Or, with --kernels, what runs here."""
+    if kernels == (path is not None):
+        raise ValueError(f"info takes a checkpoint or --kernels, one of the two, got path={path!r} and --kernels={kernels}")
+    if kernels:
+        show_kernels(as_json)
+        return
     from llava_fast.info import describe
 
+    assert path is not None
     facts = describe(path, vision_tower)
     if as_json:
         print(json.dumps(facts))
@@ -160,6 +167,24 @@ def info(
     table.add_row("memory, weights and a full context", megabytes(facts["memory"]["total"]))
     table.add_row("the same on the CPU (fp32 keys and values)", megabytes(facts["memory"]["total_on_cpu"]))
     Console().print(table)
+
+
+def show_kernels(as_json: bool) -> None:
+    import torch
+
+    from llava_fast.kernels import registry
+
+    # Arithmetic is fp32 on a CPU, in the stored dtype on a GPU.
+    device, dtypes = ("cuda", (torch.bfloat16, torch.float16)) if torch.cuda.is_available() else ("cpu", (torch.float32,))
+    choices = registry.explain(device, dtypes)
+    if as_json:
+        print(json.dumps([{**dataclasses.asdict(choice), "dtype": str(choice.dtype).removeprefix("torch.")} for choice in choices]))
+        return
+    for choice in choices:
+        shape = "any shape" if choice.shape is None else f"shape class {choice.shape}"
+        print(f"{choice.op} ({device}, {str(choice.dtype).removeprefix('torch.')}, {shape}): {choice.name}, {choice.reason}")
+        for name, why in choice.others.items():
+            print(f"    {name}: {why}")
 
 
 @app.command()

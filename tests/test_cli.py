@@ -59,6 +59,8 @@ def test_generate_json(checkpoints, pictures, capsys, monkeypatch):
         (["generate", "-m", "{model}", "<image> What?"], "1 <image> and 0 <video> marks but 0 --image and 0 --video"),
         (["generate", "-m", "{model}", "--temperature", "nan", "What?"], "temperature must be a finite number >= 0, got nan"),
         (["info", "/nowhere"], "neither a checkpoint directory nor a hub id"),
+        (["info"], "a checkpoint or --kernels"),
+        (["info", "--kernels", "{model}"], "a checkpoint or --kernels"),
         (["convert", "{model}", "{model}"], "is not empty"),
     ],
 )
@@ -136,6 +138,16 @@ def test_convert(checkpoints, tmp_path):
     assert done.returncode == 0, done.stderr
     _, info = LlavaForConditionalGeneration.from_pretrained(tmp_path / "converted", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_info_kernels():
+    told = run("info", "--kernels")
+    assert told.returncode == 0, told.stderr
+    lines = told.stdout.splitlines()
+    place = lines.index("spatial_pool (cpu, float32, any shape): cpu, default")
+    assert {"    reference: comes later", "    cuda: it runs on cuda, not on cpu"} <= set(lines[place + 1 : place + 5])
+    choices = {choice["op"]: choice for choice in json.loads(run("info", "--kernels", "--json").stdout)}
+    assert choices["spatial_pool"]["name"] == "cpu" and choices["spatial_pool"]["others"]["cuda"] == "it runs on cuda, not on cpu"
 
 
 def test_info_with_tiles_and_faults(checkpoints, tmp_path):

@@ -109,3 +109,28 @@ def test_only_import_errors_are_caught(monkeypatch: pytest.MonkeyPatch, tmp_path
     registry.register("toy", {"cpu": Implementation(print, modules=("broken_module",)), "reference": Implementation(print)})
     with pytest.raises(RuntimeError, match="broken"):
         registry.resolve("toy", "cpu", torch.float32)
+
+
+def test_explain_says_what_runs_and_why_the_others_do_not() -> None:
+    toy = {choice.shape: choice for choice in registry.explain("cuda", [torch.bfloat16]) if choice.op == "toy"}
+    assert list(toy) == [None]
+    registry.register("toy", registry._ops["toy"], shapes=(64, 72))
+    toy = {choice.shape: choice for choice in registry.explain("cuda", [torch.bfloat16]) if choice.op == "toy"}
+    assert (toy[64].name, toy[64].reason, toy[72].name) == ("triton", "default", "reference")
+    assert toy[72].others["triton"] == "it does not serve shape class 72"
+    assert toy[64].others["cpu"] == "it runs on cpu, not on cuda" and toy[64].others["reference"] == "comes later"
+    assert toy[64].others["cuda"].startswith("not a default") and "does not import" in toy[64].others["flash_attn"]
+    with registry.use(toy="cuda"):
+        asked = next(choice for choice in registry.explain("cuda", [torch.bfloat16]) if choice.op == "toy")
+        assert (asked.name, asked.reason, asked.others["triton"]) == ("cuda", "asked for", "comes later")
+
+
+def test_explain_knows_every_op() -> None:
+    """Every op's shape classes can be asked about, on both kinds of device."""
+    for device, dtype in (("cpu", torch.float32), ("cpu", torch.float64), ("cuda", torch.bfloat16)):
+        choices = registry.explain(device, [dtype])
+        assert "spatial_pool" in {choice.op for choice in choices}
+        assert all(choice.name or choice.op == "toy" for choice in choices), choices
+        for choice in choices:
+            if choice.name:
+                assert registry.resolve_name(choice.op, device, dtype, choice.shape) == choice.name
