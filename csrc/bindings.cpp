@@ -12,6 +12,7 @@ using namespace llava_fast;
 
 namespace llava_fast {
 void bind_linear(py::module_& m);
+void bind_cross_entropy(py::module_& m);
 }
 
 PYBIND11_MODULE(_cpu, m) {
@@ -24,6 +25,7 @@ PYBIND11_MODULE(_cpu, m) {
           py::call_guard<py::gil_scoped_release>());
 
     bind_pool_types(m);
+    bind_cross_entropy(m);
     m.def(
         "spatial_pool_forward",
         [](DType dtype, PoolMode mode, const PoolShape& shape, std::uintptr_t table, std::uintptr_t source, std::uintptr_t out,

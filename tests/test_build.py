@@ -142,16 +142,27 @@ def test_cuda_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         setup.extensions()
 
 
-@pytest.mark.slow
-def test_cpp_under_sanitizers(tmp_path: Path) -> None:
+COMPILE = ["g++", "-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off"]
+COMPILE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The CPU kernels without their bindings, as objects."""
+    folder = tmp_path_factory.mktemp("sanitized")
     flags = load_setup().ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {}
-    common = ["-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     objects = []
-    for source in sorted([*(ROOT / "csrc" / "cpu").glob("*.cpp"), ROOT / "csrc" / "tests" / "spatial_pool_test.cpp"]):
+    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         special = [found for suffix, found in flags.items() if source.name.endswith(suffix)]
-        if special or not source.name.endswith(("_avx2.cpp", "_avx512.cpp")):
-            objects.append(tmp_path / f"{source.stem}.o")
-            run("g++", *common, *(special[0] if special else []), f"-I{ROOT / 'csrc'}", "-c", source, "-o", objects[-1], cwd=tmp_path)
-    run("g++", *common, *objects, "-o", tmp_path / "driver", cwd=tmp_path)
+        if not source.name.endswith("_bindings.cpp") and (special or not source.name.endswith(("_avx2.cpp", "_avx512.cpp"))):
+            objects.append(folder / f"{source.stem}.o")
+            run(*COMPILE, *(special[0] if special else []), "-c", source, "-o", objects[-1], cwd=folder)
+    return objects
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", sorted((ROOT / "csrc" / "tests").glob("*_test.cpp")), ids=lambda path: path.stem)
+def test_cpp_under_sanitizers(driver: Path, sanitized: list[Path], tmp_path: Path) -> None:
+    run(*COMPILE, driver, *sanitized, "-o", tmp_path / "driver", cwd=tmp_path)
     lines = run(tmp_path / "driver", cwd=tmp_path, LLAVA_FAST_ISA="").splitlines()
     assert "portable ok" in lines and lines[-1] == "bounds ok"

@@ -101,11 +101,11 @@ class Llava(nn.Module):
         """[R, V], fp32 (fp64 for fp64 weights)."""
         return linear(hidden_RD, self.head_weight).to(torch.promote_types(hidden_RD.dtype, torch.float32))
 
-    def label_losses(self, batch: PackedBatch) -> Tensor:
-        """-log p of each label, fp32 [L], in the order of batch.labels (batch.label_seq says whose each is)."""
-        return linear_cross_entropy(self.hidden(batch)[batch.label_index], self.head_weight, batch.labels)
+    def label_losses(self, batch: PackedBatch, reduction: str = "none") -> Tensor:
+        """-log p of each label, fp32 [L], in the order of batch.labels (batch.label_seq says whose each is); or reduced as the op does."""
+        hidden_LD = self.hidden(batch)[batch.label_index]
+        return linear_cross_entropy(hidden_LD, self.head_weight, batch.labels, reduction=reduction)
 
     def loss(self, batch: PackedBatch, reduction: str = "sum") -> Tensor:
-        """Cross-entropy over the label rows: their 'sum' or 'mean'."""
-        losses = self.label_losses(batch)
-        return losses.mean() if reduction == "mean" else losses.sum()
+        """Cross-entropy over the label rows: their 'sum' or 'mean', at one product less than through their losses."""
+        return self.label_losses(batch, reduction)
