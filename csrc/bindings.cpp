@@ -14,6 +14,8 @@ namespace llava_fast {
 void bind_linear(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 }
+void bind_rowwise(py::module_& m);
+}  // namespace llava_fast
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of llava_fast";
@@ -26,6 +28,7 @@ PYBIND11_MODULE(_cpu, m) {
 
     bind_pool_types(m);
     bind_cross_entropy(m);
+    bind_rowwise(m);
     m.def(
         "spatial_pool_forward",
         [](DType dtype, PoolMode mode, const PoolShape& shape, std::uintptr_t table, std::uintptr_t source, std::uintptr_t out,

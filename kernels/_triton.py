@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # Triton warns that its default, contraction of a * b + c, is about to change: numbers and speed would with it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
@@ -34,6 +36,11 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)  # of every Triton Implementation
 TUNED = Path(__file__).parent / "tuned.json"
 TARGET = "sm_90"  # what a device stands for that is no GPU: the interpreter's, and that of the ahead-of-time compile, which sets it
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Launches go to the tensor's GPU. Interpreted ones and those of the ahead-of-time compile have none."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @cache

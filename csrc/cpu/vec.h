@@ -97,6 +97,16 @@ static inline void store(f16* p, vec x) {
 static inline void store(f16* p, vec x, int64_t n) {
     _mm256_mask_storeu_epi16(p, lanes(n), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
+// Past the caches; p is aligned to the 16, 32 or 64 bytes it writes. A fence() makes it visible to other threads.
+static inline void stream(float* p, vec x) {
+    _mm512_stream_ps(p, x);
+}
+static inline void stream(bf16* p, vec x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16(x));
+}
+static inline void stream(f16* p, vec x) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
 static inline vec fma(vec a, vec b, vec c) {
     return _mm512_fmadd_ps(a, b, c);
 }
@@ -160,17 +170,28 @@ static inline void store(float* p, vec x) {
 static inline void store(float* p, vec x, int64_t n) {
     _mm256_maskstore_ps(p, lanes(n), x);
 }
-static inline void store(bf16* p, vec x) {
+static inline __m128i to_bf16(vec x) {
     const __m256i bits = _mm256_castps_si256(x);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
     const __m256i chosen = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), nan);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(chosen, chosen), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(chosen, chosen), 0x08));
+}
+static inline void store(bf16* p, vec x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(x));
 }
 static inline void store(f16* p, vec x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void stream(float* p, vec x) {
+    _mm256_stream_ps(p, x);
+}
+static inline void stream(bf16* p, vec x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16(x));
+}
+static inline void stream(f16* p, vec x) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
 static inline vec fma(vec a, vec b, vec c) {
     return _mm256_fmadd_ps(a, b, c);
@@ -249,6 +270,10 @@ static inline void store(T* p, vec x) {
 }
 static inline void store(float* p, vec x, int64_t n) {
     for (int64_t i = 0; i < n; ++i) p[i] = x[i];
+}
+template <typename T>
+static inline void stream(T* p, vec x) {
+    store(p, x);
 }
 static inline vec fma(vec a, vec b, vec c) {
     return a * b + c;
@@ -372,6 +397,23 @@ static inline void transpose(vec (&r)[kWidth]) {
     }
 }
 #endif
+static inline void fence() {
+#if defined(__AVX2__)
+    _mm_sfence();
+#endif
+}
+
+// x as it would come back from memory that holds it as T.
+template <typename T>
+static inline vec rounded(vec x) {
+    T part[kWidth];
+    store(part, x);
+    return load(part);
+}
+template <>
+inline vec rounded<float>(vec x) {
+    return x;
+}
 
 // e^x to 1.2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial in r by Cephes. 0 for -infinity, infinity past 88.7.
 static inline vec exp(vec x) {
@@ -388,6 +430,39 @@ static inline vec exp(vec x) {
     p = fma(p, r, splat(5.0000001201e-1f));
     p = fma(p, r * r, r) + splat(1.0f);
     return scale2(p, n);
+}
+
+// Walking over rows of any length: f(offset, lanes) for each register, where only the last may have fewer than kWidth lanes.
+template <typename F>
+static inline __attribute__((always_inline)) void each(int64_t n, const F& f) {
+    int64_t i = 0;
+    for (; i + kWidth <= n; i += kWidth) f(i, kWidth);
+    if (i < n) f(i, n - i);
+}
+template <typename T>
+static inline vec load_some(const T* p, int64_t n) {
+    return n == kWidth ? load(p) : load(p, n);
+}
+template <typename T>
+static inline void store_some(T* p, vec x, int64_t n) {
+    if (n == kWidth) {
+        store(p, x);
+    } else {
+        store(p, x, n);
+    }
+}
+// `streamed` only where aligned(p).
+template <typename T>
+static inline void store_some(T* p, vec x, int64_t n, bool streamed) {
+    if (streamed && n == kWidth) {
+        stream(p, x);
+    } else {
+        store_some(p, x, n);
+    }
+}
+template <typename T>
+static inline bool aligned(const T* p) {
+    return reinterpret_cast<uintptr_t>(p) % (kWidth * sizeof(T)) == 0;
 }
 
 }  // namespace ISA

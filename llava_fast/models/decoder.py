@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_fast.config import DecoderConfig
-from llava_fast.kernels.activation import swiglu
+from llava_fast.kernels.activation import swiglu_pair
 from llava_fast.kernels.rope import rope, rope_tables
 from llava_fast.kernels.varlen_attention import varlen_attention
 from llava_fast.models.layers import Linear, RMSNorm
@@ -116,7 +116,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(swiglu_pair(self.gate_proj(x_TD), self.up_proj(x_TD)))
 
 
 class Layer(nn.Module):
