@@ -11,9 +11,8 @@ namespace py = pybind11;
 using namespace llava_fast;
 
 namespace llava_fast {
-void bind_linear(py::module_& m);
 void bind_cross_entropy(py::module_& m);
-}
+void bind_linear(py::module_& m);
 void bind_rowwise(py::module_& m);
 }  // namespace llava_fast
 
