@@ -8,7 +8,7 @@ namespace llava_fast {
 namespace ISA {
 
 static inline vec sigmoid(vec x) {
-    return splat(1.0f) / (splat(1.0f) + exp(splat(0.0f) - x));
+    return reciprocal(splat(1.0f) + exp(min(splat(80.0f), splat(0.0f) - x)));  // a finite sum
 }
 
 // The normal distribution function, 1/2 + x P(x^2) / Q(x^2): our own minimax fit, 1.4e-8 off for |x| < 5.3 before rounding. Past that it
@@ -29,7 +29,7 @@ static inline vec normal_cdf(vec x) {
     q = fma(q, z, splat(2.882818260e-02f));
     q = fma(q, z, splat(2.523768612e-01f));
     q = fma(q, z, splat(1.0f));
-    return min(splat(1.0f), max(splat(0.0f), x * p / q + splat(0.5f)));
+    return min(splat(1.0f), max(splat(0.0f), fma(x * p, reciprocal(q), splat(0.5f))));
 }
 
 // f(x) and f'(x). The sigmoid kinds are x sigmoid(u(x)), with derivative s + x s (1 - s) u'(x).
@@ -57,39 +57,33 @@ struct Function {
     }
 };
 
-// f(first, last) for each thread's part of n elements; parts begin at multiples of 64 so that streamed stores stay aligned.
+// f(first, count) for each thread's part of n elements, in whole lines but for the last.
 template <typename F>
-static inline void share(int64_t n, int threads, bool streamed, const F& f) {
+static inline void share(int64_t n, int threads, const F& f) {
     const int64_t blocks = (n + 63) / 64;
 #pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
     for (int part = 0; part < threads; ++part) {
         const int64_t first = blocks * part / threads * 64, last = blocks * (part + 1) / threads * 64;
-        f(first, last < n ? last : n);
-        if (streamed) fence();
+        f(first, (last < n ? last : n) - first);
+        fence();
     }
 }
 
 template <typename T, Activation kKind>
 static void activation_forward(const ActivationTask& task) {
-    const T* x = static_cast<const T*>(task.x);
-    T* out = static_cast<T*>(task.out);
-    const bool streamed = task.stream && aligned(out);
-    share(task.n, task.threads, streamed, [&](int64_t first, int64_t last) {
-        each(last - first,
-             [&](int64_t i, int64_t n) { store_some(out + first + i, Function<kKind>::value(load_some(x + first + i, n)), n, streamed); });
+    share(task.n, task.threads, [&](int64_t first, int64_t count) {
+        const T* x = static_cast<const T*>(task.x) + first;
+        write_row(static_cast<T*>(task.out) + first, count, task.stream,
+                  [&](int64_t i, int64_t n) { return Function<kKind>::value(load_some(x + i, n)); });
     });
 }
 
 template <typename T, Activation kKind>
 static void activation_backward(const ActivationTask& task) {
-    const T *x = static_cast<const T*>(task.x), *grad = static_cast<const T*>(task.grad);
-    T* out = static_cast<T*>(task.out);
-    const bool streamed = task.stream && aligned(out);
-    share(task.n, task.threads, streamed, [&](int64_t first, int64_t last) {
-        each(last - first, [&](int64_t i, int64_t n) {
-            const vec g = load_some(grad + first + i, n);
-            store_some(out + first + i, g * Function<kKind>::slope(load_some(x + first + i, n)), n, streamed);
-        });
+    share(task.n, task.threads, [&](int64_t first, int64_t count) {
+        const T *x = static_cast<const T*>(task.x) + first, *grad = static_cast<const T*>(task.grad) + first;
+        write_row(static_cast<T*>(task.out) + first, count, task.stream,
+                  [&](int64_t i, int64_t n) { return load_some(grad + i, n) * Function<kKind>::slope(load_some(x + i, n)); });
     });
 }
 
@@ -99,13 +93,11 @@ static void swiglu_forward(const SwigluTask& task) {
 #pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
     for (int64_t t = 0; t < task.T; ++t) {
         const T *gate = static_cast<const T*>(task.gate_up) + t * 2 * F, *up = gate + F;
-        T* out = static_cast<T*>(task.out) + t * F;
-        const bool streamed = task.stream && aligned(out);
-        each(F, [&](int64_t i, int64_t n) {
+        write_row(static_cast<T*>(task.out) + t * F, F, task.stream, [&](int64_t i, int64_t n) {
             const vec g = load_some(gate + i, n);
-            store_some(out + i, g * sigmoid(g) * load_some(up + i, n), n, streamed);
+            return g * sigmoid(g) * load_some(up + i, n);
         });
-        if (streamed) fence();
+        if (task.stream) fence();
     }
 }
 
@@ -116,13 +108,12 @@ static void swiglu_backward(const SwigluTask& task) {
     for (int64_t t = 0; t < task.T; ++t) {
         const T *gate = static_cast<const T*>(task.gate_up) + t * 2 * F, *up = gate + F, *grad = static_cast<const T*>(task.grad) + t * F;
         T *grad_gate = static_cast<T*>(task.out) + t * 2 * F, *grad_up = grad_gate + F;
-        const bool streamed = task.stream && aligned(grad_gate) && aligned(grad_up);
-        each(F, [&](int64_t i, int64_t n) {
+        write_row(grad_gate, F, task.stream, [&](int64_t i, int64_t n) {
             const vec g = load_some(gate + i, n), s = sigmoid(g), dy = load_some(grad + i, n);
-            store_some(grad_gate + i, dy * load_some(up + i, n) * fma(g * s, splat(1.0f) - s, s), n, streamed);
-            store_some(grad_up + i, dy * g * s, n, streamed);
+            store_some(grad_up + i, dy * g * s, n);
+            return dy * load_some(up + i, n) * fma(g * s, splat(1.0f) - s, s);
         });
-        if (streamed) fence();
+        if (task.stream) fence();
     }
 }
 

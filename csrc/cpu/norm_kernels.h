@@ -36,13 +36,12 @@ static void norm_forward(const NormTask& task) {
             if (task.residual) {
                 const T* residual = static_cast<const T*>(task.residual) + t * D;
                 T* total = static_cast<T*>(task.sum) + t * D;
-                const bool streamed = task.stream && aligned(total);
-                each(D, [&](int64_t i, int64_t n) {
+                write_row(total, D, task.stream, [&](int64_t i, int64_t n) {
                     const vec value = rounded<T>(load_some(x + i, n) + load_some(residual + i, n));
-                    store_some(total + i, value, n, streamed);
                     store_some(row + i, value, n);
                     squares = fma(value, value, squares);
                     values = values + value;
+                    return value;
                 });
             } else {
                 each(D, [&](int64_t i, int64_t n) {
@@ -74,17 +73,13 @@ static void norm_forward(const NormTask& task) {
                 if (task.centred) task.stats[task.T + t] = mean;
             }
             const vec scale = splat(rstd), shift = splat(mean);
-            const bool streamed = task.stream && aligned(out);
             if (task.centred) {
-                each(D, [&](int64_t i, int64_t n) {
-                    const vec normed = (load_some(row + i, n) - shift) * scale;
-                    store_some(out + i, fma(normed, load_some(weight + i, n), load_some(bias + i, n)), n, streamed);
+                write_row(out, D, task.stream, [&](int64_t i, int64_t n) {
+                    return fma((load_some(row + i, n) - shift) * scale, load_some(weight + i, n), load_some(bias + i, n));
                 });
             } else {
-                each(D, [&](int64_t i, int64_t n) {
-                    const vec normed = rounded<T>(load_some(row + i, n) * scale);
-                    store_some(out + i, normed * load_some(weight + i, n), n, streamed);
-                });
+                write_row(out, D, task.stream,
+                          [&](int64_t i, int64_t n) { return rounded<T>(load_some(row + i, n) * scale) * load_some(weight + i, n); });
             }
         }
         if (task.stream) fence();
@@ -133,12 +128,10 @@ static void norm_backward(const NormTask& task) {
             });
             const vec a = splat(-sum(with_normed) / static_cast<float>(D));
             const vec b = splat(task.centred ? -sum(plain) / static_cast<float>(D) : 0.0f);
-            const bool streamed = task.stream && aligned(grad_x);
-            each(D, [&](int64_t i, int64_t n) {
+            write_row(grad_x, D, task.stream, [&](int64_t i, int64_t n) {
                 const vec normed = (load_some(x + i, n) - shift) * scale, g = load_some(grad + i, n);
-                vec value = scale * fma(normed, a, fma(g, load_some(weight + i, n), b));
-                if (grad_sum) value = value + load_some(grad_sum + i, n);
-                store_some(grad_x + i, value, n, streamed);
+                const vec value = scale * fma(normed, a, fma(g, load_some(weight + i, n), b));
+                return grad_sum ? value + load_some(grad_sum + i, n) : value;
             });
         }
         if (task.stream) fence();
