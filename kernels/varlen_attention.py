@@ -34,7 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_fast.kernels import _varlen_attention_backward as _triton
 from llava_fast.kernels import registry
+from llava_fast.kernels._triton import DEVICES
+from llava_fast.kernels._varlen_attention_backward import shipped_calls as shipped_calls
 from llava_fast.kernels.registry import Implementation
 
 
@@ -205,7 +208,10 @@ def _backward_reference(
 
 
 # Forward and backward of each implementation of ours. The reference is here for torch.compile; elsewhere autograd sees through it.
-_LAUNCHERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {"reference": (_forward_reference, _backward_reference)}
+_LAUNCHERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "reference": (_forward_reference, _backward_reference),
+    "triton": (_triton.forward, _triton.backward),
+}
 
 
 @torch.library.custom_op("llava_fast::varlen_attention", mutates_args=())
@@ -275,7 +281,16 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tens
 
 _varlen_attention.register_autograd(_backward, setup_context=_setup_context)
 
-registry.register("varlen_attention", {"reference": Implementation(varlen_attention_reference)})
+registry.register(
+    "varlen_attention",
+    {
+        "reference": Implementation(varlen_attention_reference),
+        # Compiled, and never run on hardware: by name only until it is measured.
+        "triton": Implementation(
+            _triton.forward, DEVICES, (torch.float32, torch.bfloat16, torch.float16), modules=("triton",), default=False
+        ),
+    },
+)
 
 
 def _check(
