@@ -77,6 +77,16 @@ def _tile(ptr, offsets, keep, C0: tl.constexpr, C: tl.constexpr, D: tl.constexpr
 
 
 @jit
+def _widen(x, dtype: tl.constexpr):
+    """x in another dtype. Bytes are fp8 e4m3, for GPUs that do not convert it: its bits, shifted into an fp16, are 1/256 of it (not NaN)."""
+    if x.dtype == tl.uint8:
+        bits = x.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        return (half * 256.0).to(dtype)
+    return x.to(dtype)
+
+
+@jit
 def _store(ptr, offsets, keep, values, C0: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
     c = C0 + tl.arange(0, C)
     tl.store(ptr + offsets[:, None] + c[None, :], values.to(ptr.dtype.element_ty), mask=keep[:, None] & (c < D)[None, :])
@@ -119,7 +129,7 @@ def _forward_kernel(
     PREFIX: tl.constexpr = prefix_ptr is not None
     if PAGE:
         k_start, own = 0, tl.load(seqused_k_ptr + s)
-        table_ptr += s.to(tl.int64) * table_row
+        table_ptr += s * table_row
     else:
         k_start, own = _own_keys(s, cu_k_ptr, seqused_k_ptr)
     first, shared = 0, 0
@@ -151,9 +161,9 @@ def _forward_kernel(
             j = j0 + tl.arange(0, BLOCK_N)
             keep = j < end
             k_offsets = _key_offsets(j, keep, k_start, shared, first, k_row, k_page, table_ptr, PREFIX, PAGE)
-            scores = _dot(q1, _tile(k_ptr, k_offsets, keep, 0, D1, D, MASK).to(q1.dtype).T)
+            scores = _dot(q1, _widen(_tile(k_ptr, k_offsets, keep, 0, D1, D, MASK), q1.dtype).T)
             if D2:
-                scores = _dot(q2, _tile(k_ptr, k_offsets, keep, D1, D2, D, MASK).to(q1.dtype).T, scores)
+                scores = _dot(q2, _widen(_tile(k_ptr, k_offsets, keep, D1, D2, D, MASK), q1.dtype).T, scores)
             if MASK:
                 scores = tl.where(j[None, :] < seen[:, None], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1) * scale)
@@ -168,9 +178,9 @@ def _forward_kernel(
             top = new_top
             p = p.to(q1.dtype)
             v_offsets = _key_offsets(j, keep, k_start, shared, first, v_row, v_page, table_ptr, PREFIX, PAGE)
-            acc1 = _dot(p, _tile(v_ptr, v_offsets, keep, 0, D1, D, MASK).to(q1.dtype), acc1 * shrink[:, None])
+            acc1 = _dot(p, _widen(_tile(v_ptr, v_offsets, keep, 0, D1, D, MASK), q1.dtype), acc1 * shrink[:, None])
             if D2:
-                acc2 = _dot(p, _tile(v_ptr, v_offsets, keep, D1, D2, D, MASK).to(q1.dtype), acc2 * shrink[:, None])
+                acc2 = _dot(p, _widen(_tile(v_ptr, v_offsets, keep, D1, D2, D, MASK), q1.dtype), acc2 * shrink[:, None])
 
     factor = 1.0 / tl.where(total == 0.0, 1.0, total)
     if v_scale_ptr is not None:
