@@ -153,7 +153,8 @@ def forward(
     if k_cache.dtype == torch.float8_e4m3fn and device_class(q.device) in ("sm_80", "sm_86", "sm_87"):
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)  # no fp8 there: widened by hand
     if T > 4 * S:
-        launch_forward(q, k_cache, v_cache, out, None, cu_seqlens_q, None, True, None, seqlens_k, None, scale, block_table, k_scale, v_scale)
+        pages = (block_table, k_scale, v_scale)
+        launch_forward(q, k_cache, v_cache, out, None, cu_seqlens_q, None, True, None, seqlens_k, None, scale, *pages)
         return out
     splits = split_count(T, G, blocks * page, q.device)
     default = {"BLOCK_N": 32 if H == G else 64, "num_warps": 4, "num_stages": 2 if H == G else 3}
@@ -180,21 +181,21 @@ def forward(
 def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Decode of one and of 32 sequences, 4096 keys at most; 2048 new rows of 4 sequences."""
 
-    def case(H: int, G: int, d: int, T: int, S: int, cache: torch.dtype, page: int = 16, dtype: torch.dtype = torch.bfloat16) -> Any:
+    def case(H: int, G: int, d: int, T: int, S: int, stored: torch.dtype, page: int = 16, dtype: torch.dtype = torch.bfloat16) -> Any:
         q = torch.zeros(T, H, d, dtype=dtype, device=device)
-        k, v = torch.zeros(2, 512, page, G, d, dtype=dtype, device=device).to(cache).unbind(0)
+        k, v = torch.zeros(2, 512, page, G, d, dtype=dtype, device=device).to(stored).unbind(0)
         table = torch.zeros(S, 4096 // page, dtype=torch.int32, device=device)
         cu = torch.arange(0, T + 1, T // S, dtype=torch.int32, device=device)
         lengths = torch.full((S,), 4096, dtype=torch.int32, device=device)
-        scales = torch.ones(G, device=device) if cache == torch.float8_e4m3fn else None
+        scales = torch.ones(G, device=device) if stored == torch.float8_e4m3fn else None
         return lambda: forward(q, k, v, table, cu, lengths, d**-0.5, scales, scales)
 
     bf16, fp8 = torch.bfloat16, torch.float8_e4m3fn
     for H, d in ((16, 64), (32, 128)):
-        for name, cache in (("bf16", bf16), ("fp8", fp8)):
-            yield f"decode d{d} {name}", case(H, H, d, 1, 1, cache)
-            yield f"decode d{d} {name} 32 sequences", case(H, H, d, 32, 32, cache)
-            yield f"prefill d{d} {name}", case(H, H, d, 2048, 4, cache)
+        for name, stored in (("bf16", bf16), ("fp8", fp8)):
+            yield f"decode d{d} {name}", case(H, H, d, 1, 1, stored)
+            yield f"decode d{d} {name} 32 sequences", case(H, H, d, 32, 32, stored)
+            yield f"prefill d{d} {name}", case(H, H, d, 2048, 4, stored)
     yield "decode d64 bf16 grouped", case(14, 2, 64, 32, 32, bf16, 256)
     yield "decode d128 fp8 grouped", case(28, 4, 128, 32, 32, fp8, 64)
     yield "decode d128 fp16", case(32, 32, 128, 1, 1, torch.float16, dtype=torch.float16)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_fast.kernels._triton import config, jit, tl, triton
+from llava_fast.kernels._triton import config, jit, on_device, tl, triton
 from llava_fast.kernels._varlen_attention_triton import (
     _dot,
     _key_offsets,
@@ -28,7 +28,6 @@ from llava_fast.kernels._varlen_attention_triton import (
     _tile,
     forward,
     launch_tiles,
-    on_device,
     split_head_dim,
 )
 

@@ -16,14 +16,12 @@ Scores are kept in base 2 (scale * log2 e is folded into one multiplication); pr
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from math import log2
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from llava_fast.kernels._triton import config, device_class, jit, tl
+from llava_fast.kernels._triton import config, device_class, jit, on_device, tl
 
 _LOG2_E = 1.4426950408889634
 
@@ -78,7 +76,7 @@ def _tile(ptr, offsets, keep, C0: tl.constexpr, C: tl.constexpr, D: tl.constexpr
 
 @jit
 def _widen(x, dtype: tl.constexpr):
-    """x in another dtype. Bytes are fp8 e4m3, for GPUs that do not convert it: its bits, shifted into an fp16, are 1/256 of it (not NaN)."""
+    """x in another dtype. Bytes are fp8 e4m3 where a GPU has none: its bits, shifted into an fp16, are 1/256 of it (NaN apart)."""
     if x.dtype == tl.uint8:
         bits = x.to(tl.uint16)
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
@@ -199,10 +197,6 @@ def split_head_dim(d: int) -> tuple[int, int]:
     """(D1, D2): the largest power of two in d and what covers the rest; a product takes no fewer than 16 columns."""
     first = max(16, 1 << int(log2(d)))
     return first, 0 if d <= first else max(16, 1 << (d - first - 1).bit_length())
-
-
-def on_device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 # (BLOCK_M, BLOCK_N, num_warps, num_stages) that spill nothing (aot.csv). Not timed. sm_80 stands for sm_86 and sm_89 too, which have

@@ -119,7 +119,7 @@ def _paged_attention(
 
 
 @_paged_attention.register_fake
-def _(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, scale, k_scale, v_scale, implementation):  # type: ignore[no-untyped-def]
+def _(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, scale, k_scale, v_scale, implementation):
     return q.new_empty(q.shape)
 
 
@@ -161,7 +161,9 @@ def _check(
     fp8 = k_cache.dtype == torch.float8_e4m3fn
     narrower = q.dtype.is_floating_point and (fp8 or torch.promote_types(q.dtype, k_cache.dtype) == q.dtype)
     if k_cache.dtype != v_cache.dtype or not narrower:
-        raise ValueError(f"the caches must have one dtype, q's, a narrower one or float8_e4m3fn; got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}")
+        raise ValueError(
+            f"the caches must have one dtype, q's, a narrower one or float8_e4m3fn; got {q.dtype}, {k_cache.dtype}, {v_cache.dtype}"
+        )
     if d > 1 and (q.stride(2) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1):
         raise ValueError(f"the last dimension must be contiguous, got strides {q.stride()}, {k_cache.stride()} and {v_cache.stride()}")
     if (k_scale is None) != (v_scale is None):
