@@ -61,7 +61,7 @@ def _decode_kernel(
         top = tl.full([BLOCK_N], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_N], tl.float32)
         acc = tl.zeros([BLOCK_N, DP], tl.float32)
-        for j0 in range(low, end, BLOCK_N):
+        for j0 in tl.range(low, end, BLOCK_N, num_stages=3):  # said here: without a product Triton would not load ahead
             j = j0 + tl.arange(0, BLOCK_N)
             keep = j < end
             k_offsets = _key_offsets(j, keep, 0, 0, 0, k_row, k_page, table_ptr, False, PAGE)
@@ -157,7 +157,7 @@ def forward(
         launch_forward(q, k_cache, v_cache, out, None, cu_seqlens_q, None, True, None, seqlens_k, None, scale, *pages)
         return out
     splits = split_count(T, G, blocks * page, q.device)
-    default = {"BLOCK_N": 32 if H == G else 64, "num_warps": 4, "num_stages": 2 if H == G else 3}
+    default = {"BLOCK_N": 32 if H == G else 64, "num_warps": 4, "num_stages": 2}
     if q.element_size() == 4:
         default |= {"BLOCK_N": 32, "num_stages": 1}
     tiles = config("paged_attention_decode", f"{str(k_cache.dtype).removeprefix('torch.')}_d{d}_g{H // G}", default, q.device)

@@ -103,7 +103,8 @@ def _key_offsets(j, keep, start, shared, first, row, page, table_ptr, PREFIX: tl
         number = tl.load(table_ptr + j // PAGE, mask=keep, other=0).to(tl.int64)
         return number * page + (j % PAGE) * row
     if PREFIX:
-        return tl.where(j < shared, first + j, start + j - shared).to(tl.int64) * row
+        # One of two numbers, not of two rows of offsets: that is a branch, and ptxas then serialises wgmma (C7511).
+        return (j + tl.where(j < shared, first, start - shared)).to(tl.int64) * row
     return (start + j).to(tl.int64) * row
 
 
@@ -214,8 +215,8 @@ def launch_tiles(kernel: str, q: Tensor, causal: bool) -> dict[str, int]:
         block_n, stages = 128, 2
     if arch == "sm_90" and kernel == "backward_kv" and d > 96:
         block_m = 32  # beside two [128, d] accumulators 64 rows spill 56 bytes
-    if q.element_size() == 4:  # products without tensor cores
-        block_m, block_n, warps, stages = 32, 32, 4, 1
+    if q.element_size() == 4:  # products without tensor cores: with 4 warps the backward spills 2 KB
+        block_m, block_n, warps, stages = 32, 32, 8, 1
     default = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
     shape_class = f"{str(q.dtype).removeprefix('torch.')}_d{d}_{'causal' if causal else 'full'}"
     return config(f"varlen_attention_{kernel}", shape_class, default, q.device)
