@@ -13,6 +13,8 @@ Maximum: the first of equal values takes the gradient, NaN wins, as in torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,9 +22,147 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.kernels import registry
+from llava_fast.kernels._triton import DEVICES, config, jit, tl
 from llava_fast.kernels.registry import Implementation
 
 PoolMode = Literal["average", "max", "bilinear"]
+
+
+@jit
+def _tap(o, n_in, n_out):
+    """(low, weight of the next cell) of bilinear output o on one axis, in whole numbers up to the last division."""
+    place = tl.maximum((2 * o + 1) * n_in - n_out, 0)
+    low = place // (2 * n_out)
+    return low, (place - low * 2 * n_out).to(tl.float32) / (2 * n_out)
+
+
+@jit
+def _forward_kernel(
+    out, arg, table, source, M, D, H, W, out_H, out_W,
+    MODE: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One output row and BLOCK columns a program. MODE "argmax" writes the tap of the maximum, int16, and no output."""
+    r = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    oy, ox = r // out_W % out_H, r % out_W
+    cells = source + r // (out_H * out_W) * H * W
+    if MODE == "bilinear":
+        y, high_y = _tap(oy, H, out_H)
+        x, high_x = _tap(ox, W, out_W)
+    acc = tl.zeros([BLOCK], tl.float32)
+    if MODE == "max" or MODE == "argmax":
+        acc = tl.full([BLOCK], -float("inf"), tl.float32)
+    best = tl.zeros([BLOCK], tl.int32)
+    for j in range(WY * WX):
+        if MODE == "bilinear":
+            cell = tl.minimum(y + j // 2, H - 1) * W + tl.minimum(x + j % 2, W - 1)
+            weight = tl.where(j // 2 == 0, 1 - high_y, high_y) * tl.where(j % 2 == 0, 1 - high_x, high_x)
+        else:
+            cell = (oy * WY + j // WX) * W + ox * WX + j % WX
+        row = tl.load(cells + cell)
+        inside = (row >= 0) & (row < M)
+        value = tl.load(table + tl.where(inside, row, 0) * D + d, mask=d < D, other=0.0).to(tl.float32)
+        value = tl.where(inside, value, float("nan"))
+        if MODE == "average":
+            acc += value
+        elif MODE == "bilinear":
+            acc += weight * value
+        else:
+            wins = (value > acc) | (value != value)
+            acc = tl.where(wins, value, acc)
+            best = tl.where(wins, j, best)
+    if MODE == "average":
+        acc = acc / (WY * WX)
+    if MODE == "argmax":
+        tl.store(arg + r * D + d, best.to(tl.int16), mask=d < D)
+    else:
+        tl.store(out + r * D + d, acc.to(out.dtype.element_ty), mask=d < D)
+
+
+@jit
+def _backward_kernel(
+    grad_table, grad, arg, reader_start, reader_cell, D, H, W, out_H, out_W,
+    MODE: tl.constexpr, WY: tl.constexpr, WX: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One table row and BLOCK columns a program: the sum of what its readers' outputs hand back, in the order of the cells."""
+    m = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for e in range(tl.load(reader_start + m), tl.load(reader_start + m + 1)):
+        cell = tl.load(reader_cell + e)
+        k, y, x = cell // (H * W), cell // W % H, cell % W
+        if MODE == "bilinear":
+            # The outputs whose place lies between cells y - 1 and y + 1; those at the ends of the range may have weight 0.
+            last_y = tl.minimum((2 * y + 3) * out_H // (2 * H), out_H - 1)
+            last_x = tl.minimum((2 * x + 3) * out_W // (2 * W), out_W - 1)
+            for oy in range(tl.maximum((2 * y - 1) * out_H - H, 0) // (2 * H), last_y + 1):
+                low_y, high_y = _tap(oy, H, out_H)
+                weight_y = tl.where(low_y == y, 1 - high_y, 0.0) + tl.where(tl.minimum(low_y + 1, H - 1) == y, high_y, 0.0)
+                for ox in range(tl.maximum((2 * x - 1) * out_W - W, 0) // (2 * W), last_x + 1):
+                    low_x, high_x = _tap(ox, W, out_W)
+                    weight = tl.where(low_x == x, 1 - high_x, 0.0) + tl.where(tl.minimum(low_x + 1, W - 1) == x, high_x, 0.0)
+                    weight *= weight_y
+                    r = (k * out_H + oy) * out_W + ox
+                    acc += weight * tl.load(grad + r * D + d, mask=d < tl.where(weight != 0, D, 0), other=0.0).to(tl.float32)
+        else:
+            oy, ox = y // WY, x // WX
+            r = (k * out_H + oy) * out_W + ox
+            mask = d < tl.where((oy < out_H) & (ox < out_W), D, 0)
+            value = tl.load(grad + r * D + d, mask=mask, other=0.0).to(tl.float32)
+            if MODE == "max":
+                tap = (y - oy * WY) * WX + x - ox * WX
+                value = tl.where(tl.load(arg + r * D + d, mask=mask, other=-1) == tap, value, 0.0)
+            acc += value
+    if MODE == "average":
+        acc = acc / (WY * WX)
+    tl.store(grad_table + m * D + d, acc.to(grad_table.dtype.element_ty), mask=d < D)
+
+
+def _window(source_KHW: Tensor, size: list[int], mode: str) -> dict[str, int]:
+    return {"WY": 2, "WX": 2} if mode == "bilinear" else {"WY": source_KHW.shape[1] // size[0], "WX": source_KHW.shape[2] // size[1]}
+
+
+def _launch(
+    kernel: Any, name: str, mode: str, source_KHW: Tensor, size: list[int], pointers: tuple[Any, ...], rows: int, columns: int
+) -> None:
+    launch = config(name, mode, {"BLOCK": 512, "num_warps": 2}, source_KHW.device)
+    window = _window(source_KHW, size, "max" if mode == "argmax" else mode)
+    if rows:
+        with torch.cuda.device(source_KHW.device if source_KHW.is_cuda else -1):
+            grid = (rows, -(-columns // launch["BLOCK"]))
+            kernel[grid](*pointers, columns, *source_KHW.shape[1:], *size, MODE=mode, **window, **launch)
+
+
+def _forward_triton(table_MD: Tensor, source_KHW: Tensor, out: Tensor, size: list[int], mode: str) -> None:
+    M, D = table_MD.shape
+    _launch(_forward_kernel, "spatial_pool", mode, source_KHW, size, (out, out, table_MD, source_KHW, M), len(out), D)
+
+
+def _backward_triton(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, rows: int, size: list[int], mode: str) -> Tensor:
+    grad_table, arg = grad.new_empty(rows, grad.shape[1]), grad
+    if table_MD is not None:
+        arg = torch.empty_like(grad, dtype=torch.int16)
+        _launch(_forward_kernel, "spatial_pool", "argmax", source_KHW, size, (arg, arg, table_MD, source_KHW, rows), *grad.shape)
+    # Which cells read a row: a stable sort keeps them in the maps' order, so that sums come out the same every time.
+    row, reader_cell = source_KHW.reshape(-1).sort(stable=True)
+    reader_start = torch.searchsorted(row, torch.arange(rows + 1, device=row.device))
+    pointers = grad_table, grad, arg, reader_start, reader_cell
+    _launch(_backward_kernel, "spatial_pool_backward", mode, source_KHW, size, pointers, rows, grad.shape[1])
+    return grad_table
+
+
+def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The Triton launches of two views of 27 x 27."""
+    source = torch.arange(2 * 27 * 27, device=device).view(2, 27, 27)
+    for mode, side in (("average", 13), ("max", 13), ("bilinear", 14)):
+        for dtype, D in ((torch.bfloat16, 1152), (torch.bfloat16, 4096), (torch.float16, 1024), (torch.float32, 1024)):
+            table = torch.zeros(2 * 27 * 27, D, dtype=dtype, device=device)
+            out, name = table.new_zeros(2 * side * side, D), f"{mode} {str(dtype).removeprefix('torch.')} {D}"
+            yield name, partial(_forward_triton, table, source, out, [side, side], mode)
+            yield (
+                f"{name} backward",
+                partial(_backward_triton, out, table if mode == "max" else None, source, len(table), [side, side], mode),
+            )
 
 
 def _call(module: Any, values: Tensor, rows: int, source_KHW: Tensor, size: list[int], mode: str) -> tuple[Any, Any, Any]:
@@ -68,7 +208,7 @@ def _backward_cuda(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, ro
     return total.to(grad.dtype)
 
 
-_LAUNCHERS = {"cpu": (_forward_cpu, _backward_cpu), "cuda": (_forward_cuda, _backward_cuda)}
+_LAUNCHERS = {"cpu": (_forward_cpu, _backward_cpu), "triton": (_forward_triton, _backward_triton), "cuda": (_forward_cuda, _backward_cuda)}
 
 
 def spatial_pool_reference(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mode: PoolMode = "average") -> Tensor:
@@ -126,22 +266,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _spatial_pool.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _spatial_pool_cpu(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mode: PoolMode) -> Tensor:
-    return _spatial_pool(table_MD, source_KHW, list(size), mode, "cpu")
-
-
-def _spatial_pool_cuda(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mode: PoolMode) -> Tensor:
-    return _spatial_pool(table_MD, source_KHW, list(size), mode, "cuda")
+def _run(implementation: str, table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mode: PoolMode) -> Tensor:
+    return _spatial_pool(table_MD, source_KHW, list(size), mode, implementation)
 
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 registry.register(
     "spatial_pool",
     {
-        "cpu": Implementation(_spatial_pool_cpu, ("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "cpu": Implementation(partial(_run, "cpu"), ("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
         "reference": Implementation(spatial_pool_reference),
-        # Compiled, and never run on hardware: by name only until it is measured.
-        "cuda": Implementation(_spatial_pool_cuda, ("cuda",), _DTYPES, modules=("llava_fast._cuda",), default=False),
+        # Compiled, and never run on hardware: by name only until they are measured.
+        "triton": Implementation(
+            partial(_run, "triton"), DEVICES, (torch.float32, torch.bfloat16, torch.float16), modules=("triton",), default=False
+        ),
+        "cuda": Implementation(partial(_run, "cuda"), ("cuda",), _DTYPES, modules=("llava_fast._cuda",), default=False),
     },
 )
 
@@ -152,7 +291,7 @@ def spatial_pool(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mo
     table_MD [M, D] floating; source_KHW int64 [K, H, W], the table row of each cell, rows may repeat -> [K * H' * W', D] in
     the table's dtype, map by map, row-major. Differentiable in the table. Raises ValueError for shapes, a mode, or a size that
     do not fit (average and max: a size that no window gives exactly). For a row outside the table the CPU kernel raises ValueError and
-    the reference, on the CPU, IndexError; a GPU stops at a device-side assertion.
+    the reference, on the CPU, IndexError; on a GPU the CUDA kernel and the reference stop at a device-side assertion, and Triton reads NaN.
     """
     if table_MD.dim() != 2 or source_KHW.dim() != 3 or source_KHW.dtype != torch.int64:
         raise ValueError(
