@@ -44,8 +44,9 @@ def _forward_kernel(
     """One output row and BLOCK columns a program. MODE "argmax" writes the tap of the maximum, int16, and no output."""
     r = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    oy, ox = r // out_W % out_H, r % out_W
-    cells = source + r // (out_H * out_W) * H * W
+    program = tl.program_id(0)  # 64-bit divisions would be calls
+    oy, ox = program // out_W % out_H, program % out_W
+    cells = source + program // (out_H * out_W) * H * W
     if MODE == "bilinear":
         y, high_y = _tap(oy, H, out_H)
         x, high_x = _tap(ox, W, out_W)
@@ -89,7 +90,7 @@ def _backward_kernel(
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
     for e in range(tl.load(reader_start + m), tl.load(reader_start + m + 1)):
-        cell = tl.load(reader_cell + e)
+        cell = tl.load(reader_cell + e).to(tl.int32)  # 64-bit divisions would be calls
         k, y, x = cell // (H * W), cell // W % H, cell % W
         if MODE == "bilinear":
             # The outputs whose place lies between cells y - 1 and y + 1; those at the ends of the range may have weight 0.
@@ -102,11 +103,11 @@ def _backward_kernel(
                     low_x, high_x = _tap(ox, W, out_W)
                     weight = tl.where(low_x == x, 1 - high_x, 0.0) + tl.where(tl.minimum(low_x + 1, W - 1) == x, high_x, 0.0)
                     weight *= weight_y
-                    r = (k * out_H + oy) * out_W + ox
+                    r = ((k * out_H + oy) * out_W + ox).to(tl.int64)
                     acc += weight * tl.load(grad + r * D + d, mask=d < tl.where(weight != 0, D, 0), other=0.0).to(tl.float32)
         else:
             oy, ox = y // WY, x // WX
-            r = (k * out_H + oy) * out_W + ox
+            r = ((k * out_H + oy) * out_W + ox).to(tl.int64)
             mask = d < tl.where((oy < out_H) & (ox < out_W), D, 0)
             value = tl.load(grad + r * D + d, mask=mask, other=0.0).to(tl.float32)
             if MODE == "max":

@@ -27,7 +27,7 @@ def warp(logits_V: Tensor, params: SamplingParams) -> Tensor:
         smallest = logits_V.topk(params.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)
     if params.top_p < 1:
-        ascending, order = logits_V.sort()
+        ascending, order = logits_V.sort(stable=True)  # of equal logits the first go first
         out = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
         out[-1] = False  # the most likely token always stays
         logits_V = logits_V.masked_fill(torch.empty_like(out).scatter_(0, order, out), -torch.inf)

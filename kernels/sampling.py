@@ -1,0 +1,189 @@
+"""The next token of each row of logits: penalties, temperature, top-k, top-p, min-p, and one draw, without a host sync.
+
+Order and kept sets are those of transformers' processors (see engine/sampling.py `warp`):
+
+    repetition   z > 0: z / r, z < 0: z r, where the token was seen; then z -= frequency * count + presence * (count > 0)
+    temperature  z / t; t = 0 takes the largest logit, the first of equal ones, and nothing below applies
+    top-k        keeps z >= the k-th largest (ties stay)
+    top-p        drops, from the least likely up, while their summed probability is <= 1 - p; of equal ones the first; never all
+    min-p        keeps probabilities of at least m times the largest
+
+The draw is the argmax of z - log E, E = -log(1 - u) exponential (the Gumbel-max trick), so that one pass over the row does. u comes
+from Philox 4x32-10 (Salmon et al., SC11) keyed by the row's seed, at counter (token / 4, 0, step), output token % 4: a row's draw
+depends on its logits, its parameters, seed and step, and on nothing else in the batch.
+
+Shape letters: S rows, V vocabulary. fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from llava_fast.kernels import registry
+from llava_fast.kernels._sampling_triton import sample_triton, shipped_calls  # noqa: F401 (shipped_calls: what is compiled ahead)
+from llava_fast.kernels._triton import DEVICES
+from llava_fast.kernels.registry import Implementation
+
+LARGEST_UNIFORM = 1 - 2**-24
+
+
+def _mul(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low word of the product of 32-bit words, which are kept in int64; the product wraps, the words come out right."""
+    product = a * b
+    return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
+
+
+def philox(seeds_S: Tensor, steps_S: Tensor, count: int) -> Tensor:
+    """Words [S, count], 32-bit in int64: Philox 4x32-10 at counters (i, 0, step low, step high), outputs 0 to 3 side by side."""
+    k0, k1 = (seeds_S & 0xFFFFFFFF)[:, None], ((seeds_S >> 32) & 0xFFFFFFFF)[:, None]
+    c0 = torch.arange(-(-count // 4), device=seeds_S.device)[None].expand(seeds_S.shape[0], -1)
+    c1 = torch.zeros_like(c0)
+    c2, c3 = ((steps_S & 0xFFFFFFFF)[:, None].expand_as(c0), ((steps_S >> 32) & 0xFFFFFFFF)[:, None].expand_as(c0))
+    for _ in range(10):
+        high0, low0 = _mul(c0, 0xD2511F53)
+        high2, low2 = _mul(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return torch.stack([c0, c1, c2, c3], dim=-1).flatten(1)[:, :count]
+
+
+def log_exponential(words: Tensor) -> Tensor:
+    """log E of 32-bit words, fp32. Small E, which win, keep 31 bits: near 0 a series stands in for log(1 - u)."""
+    u = ((words >> 1).float() + 0.5) * 2**-31
+    series = u * (1 + u * (0.5 + u * (1 / 3 + u * 0.25)))
+    return torch.where(u < 0.01, series, -(1 - u.clamp(max=LARGEST_UNIFORM)).log()).log()
+
+
+def penalised(
+    logits_SV: Tensor, repetition: Tensor | None, presence: Tensor | None, frequency: Tensor | None, counts_SV: Tensor | None
+) -> Tensor:
+    if counts_SV is None:
+        return logits_SV
+    seen = counts_SV > 0
+    if repetition is not None:
+        r = repetition[:, None]
+        logits_SV = torch.where(seen, torch.where(logits_SV < 0, logits_SV * r, logits_SV / r), logits_SV)
+    if presence is not None:
+        logits_SV = logits_SV - presence[:, None] * seen
+    if frequency is not None:
+        logits_SV = logits_SV - frequency[:, None] * counts_SV
+    return logits_SV
+
+
+def kept(z_SV: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
+    """z [S, V] with -inf for what top-k, then top-p, then min-p leave out."""
+    V = z_SV.shape[1]
+    if top_k is not None:
+        smallest = z_SV.sort(-1, descending=True).values.gather(1, (top_k.long() - 1).clamp(0, V - 1)[:, None])
+        z_SV = z_SV.masked_fill((z_SV < smallest) & ((top_k > 0) & (top_k < V))[:, None], -torch.inf)
+    if top_p is not None:
+        ascending, order = z_SV.sort(dim=-1, stable=True)
+        out = (ascending.softmax(-1).cumsum(-1) <= (1 - top_p).float()[:, None]) & (top_p < 1)[:, None]
+        out[:, -1] = False
+        z_SV = z_SV.masked_fill(torch.empty_like(out).scatter_(1, order, out), -torch.inf)
+    if min_p is not None:
+        probabilities = z_SV.softmax(-1)
+        z_SV = z_SV.masked_fill(probabilities < min_p.float()[:, None] * probabilities.amax(-1, keepdim=True), -torch.inf)
+    return z_SV
+
+
+def sample_reference(
+    logits_SV: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor,
+    steps: Tensor,
+    repetition_penalty: Tensor | None,
+    presence_penalty: Tensor | None,
+    frequency_penalty: Tensor | None,
+    counts: Tensor | None,
+) -> Tensor:
+    """By sorting; any device."""
+    z_SV = penalised(logits_SV.float(), repetition_penalty, presence_penalty, frequency_penalty, counts)
+    greedy = temperature == 0
+    warped = kept(z_SV / torch.where(greedy, 1.0, temperature)[:, None], top_k, top_p, min_p)
+    score = warped - log_exponential(philox(seeds, steps, z_SV.shape[1]))
+    return torch.where(greedy, z_SV.argmax(-1), score.argmax(-1))
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"triton": sample_triton, "reference": sample_reference}
+
+
+@torch.library.custom_op("llava_fast::sample", mutates_args=())
+def _sample(
+    logits_SV: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor,
+    steps: Tensor,
+    repetition_penalty: Tensor | None,
+    presence_penalty: Tensor | None,
+    frequency_penalty: Tensor | None,
+    counts: Tensor | None,
+    implementation: str,
+) -> Tensor:
+    return _IMPLEMENTATIONS[implementation](
+        logits_SV, temperature, top_k, top_p, min_p, seeds, steps, repetition_penalty, presence_penalty, frequency_penalty, counts
+    )
+
+
+@_sample.register_fake
+def _(logits_SV, *_):
+    return logits_SV.new_empty(logits_SV.shape[0], dtype=torch.int64)
+
+
+registry.register(
+    "sampling",
+    {
+        "reference": Implementation(sample_reference),
+        # Never run on hardware: by name only until it is measured.
+        "triton": Implementation(sample_triton, DEVICES, (torch.float32,), modules=("triton",), default=False),
+    },
+)
+
+
+def sample(
+    logits_SV: Tensor,
+    *,
+    temperature: Tensor,
+    seeds: Tensor,
+    steps: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+    repetition_penalty: Tensor | None = None,
+    presence_penalty: Tensor | None = None,
+    frequency_penalty: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """The next token of each row, int64 [S]. Nothing is read back to the host.
+
+    logits fp32 [S, V], finite or -inf.  By row, [S]: temperature fp32, 0 for the largest logit; seeds and steps int64, what the noise
+    is made of; top_k integer (0 or >= V: all), top_p floating (1: all), min_p floating (0: all), penalties fp32 (1, 0, 0: none).
+    counts int32 [S, V]: how often each token was seen, which penalties need. Raises ValueError for shapes or dtypes that do not fit.
+    """
+    S = logits_SV.shape[0]
+    if logits_SV.dim() != 2 or logits_SV.shape[1] == 0 or logits_SV.dtype != torch.float32:
+        raise ValueError(f"expected fp32 logits [S, V], got {logits_SV.dtype} {list(logits_SV.shape)}")
+    rows = {"temperature": temperature, "seeds": seeds, "steps": steps, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    penalties = {"repetition": repetition_penalty, "presence": presence_penalty, "frequency": frequency_penalty}
+    for name, value in {**rows, **penalties}.items():
+        if value is not None and value.shape != (S,):
+            raise ValueError(f"expected {name} [{S}], got {list(value.shape)}")
+    if seeds.dtype != torch.int64 or steps.dtype != torch.int64:
+        raise ValueError(f"expected int64 seeds and steps, got {seeds.dtype} and {steps.dtype}")
+    if any(value is not None for value in penalties.values()) and counts is None:
+        raise ValueError("penalties need counts, int32 [S, V], got None")
+    if counts is not None and (counts.shape != logits_SV.shape or counts.dtype != torch.int32):
+        raise ValueError(f"expected int32 counts {list(logits_SV.shape)}, got {counts.dtype} {list(counts.shape)}")
+    name = registry.resolve_name("sampling", logits_SV.device.type, logits_SV.dtype)
+    run = partial(_sample, implementation=name) if torch.compiler.is_compiling() else _IMPLEMENTATIONS[name]
+    return run(logits_SV, temperature, top_k, top_p, min_p, seeds, steps, *penalties.values(), counts)
