@@ -268,8 +268,12 @@ def _total_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _total_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    # Not in place: the graph may be kept for another backward pass.
-    grads = [saved * grad.to(saved.dtype) if needed else None for saved, needed in zip(ctx.saved_tensors, ctx.need, strict=True)]
+    # In place where the graph dies with this pass (0.6 GB less at V = 152000, D = 1024); the traced tensors of torch.compile are no Tensor.
+    last = type(grad) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    grads: list[Tensor | None] = []
+    for saved, needed in zip(ctx.saved_tensors, ctx.need, strict=True):
+        factor = grad.to(saved.dtype)
+        grads.append((saved.mul_(factor) if last else saved * factor) if needed else None)
     return *grads, None, None, None, None, None, None, None
 
 
