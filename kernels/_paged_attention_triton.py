@@ -8,8 +8,6 @@ One head a key-value head: no product of 16 rows; each of the BLOCK_N key places
 the end, so that inside the loop only the d columns of a score are summed across threads.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

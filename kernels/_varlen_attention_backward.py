@@ -7,8 +7,6 @@ A key tile runs over the query tiles of its sequence, head by head of its group,
 some of its rows in its prefix. Tiles, splits and letters: _varlen_attention_triton.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -12,8 +12,6 @@ Letters: T query rows, K key rows, S sequences, H heads, G key-value heads, d he
 Scores are kept in base 2 (scale * log2 e is folded into one multiplication); products and sums are fp32.
 """
 
-# mypy: allow-untyped-defs
-
 from __future__ import annotations
 
 from math import log2

@@ -232,7 +232,7 @@ def _varlen_attention(
 
 
 @_varlen_attention.register_fake
-def _(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, q_index, seqused_k, prefix, scale, implementation):  # type: ignore[no-untyped-def]
+def _(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, q_index, seqused_k, prefix, scale, implementation):
     return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
@@ -259,7 +259,7 @@ def _varlen_attention_backward(
 
 
 @_varlen_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, q_index, seqused_k, prefix, scale, implementation):  # type: ignore[no-untyped-def]
+def _(grad_out, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, causal, q_index, seqused_k, prefix, scale, implementation):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
