@@ -187,7 +187,9 @@ def limits(row: Row) -> Iterator[str]:
 def compile_calls(op: str, calls: Callable[[str], Iterator[tuple[str, Callable[[], object]]]], arch: int) -> list[Kernel]:
     """Every distinct kernel that the cases of shipped_calls launch; a case that raises is a row of zeros with its error as the fault."""
     kernels: list[Kernel] = []
-    for case, call in calls("meta"):
+    with recorded(arch, lambda *_: None):  # which cases there are may depend on the architecture
+        cases = list(calls("meta"))
+    for case, call in cases:
         found: dict[str, Kernel] = {}
 
         def keep(compiled: Any, log: str, case: str = case, found: dict[str, Kernel] = found) -> None:

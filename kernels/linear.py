@@ -20,7 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fast.kernels import registry
+from llava_fast.kernels import _linear_triton, registry
+from llava_fast.kernels._linear_triton import shipped_calls as shipped_calls
+from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels.registry import Implementation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -297,11 +299,14 @@ def _name_cpu(module: Any) -> dict[tuple[torch.dtype, str, str], tuple[Any, Any,
 
 _CPU_KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
 LAUNCHERS["cpu"] = _launch_cpu
+LAUNCHERS["triton"] = _linear_triton.launch
 registry.register(
     "linear",
     {
         "cpu": Implementation(_launch_cpu, ("cpu",), _FLOATS, serves=lambda kind: kind in _CPU_KINDS, modules=("llava_fast._cpu",)),
         "reference": Implementation(linear_reference),
+        # Compiled and interpreted, and never run on hardware: by name only until it is measured.
+        "triton": Implementation(_linear_triton.launch, DEVICES, _FLOATS, _linear_triton.serves, modules=("triton",), default=False),
     },
 )
 
