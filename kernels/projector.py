@@ -270,10 +270,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(buffer, values before act, projected table); the latter two are empty where the backward pass has no use for them."""
     run, M, D = _LAUNCHERS[name], features.shape[0], w1.shape[0]
-    out, nothing = features.new_empty(token_ids.shape[0], D), features.new_empty(0)
-    pre = features.new_empty(M, D) if keep and act else nothing
+    out = features.new_empty(token_ids.shape[0], D)
+    pre = features.new_empty(M, D) if keep and act else features.new_empty(0)
     saved = pre if keep and act else None
-    table = nothing
+    table = features.new_empty(0)
     if w2 is None and source is None:
         run.product(out, features, w1, b1, act, rows=rows, pre=saved)
     else:
@@ -294,7 +294,7 @@ def _forward(
                 run.product(out, table, w2, b2, "", gather=source, rows=rows)
     copy = source is not None and (w2 is None or maps.has_max)
     run.fill(out, text_rows, token_ids, embedding, rows, source, table, newline, copy)
-    return out, pre, table if keep and maps.has_max and source is not None else nothing
+    return out, pre, table if keep and maps.has_max and source is not None else features.new_empty(0)
 
 
 def _backward_pass(
@@ -456,7 +456,8 @@ def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
     needs = list(ctx.needs_input_grad[:7])
     grads = _project_backward(grad, *saved, sources, *ctx.arguments, needs, ctx.vocabulary, ctx.dtypes[6], ctx.name)
     made = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, needs, strict=True)]
-    return (*made, None, None, None, None, [None] * len(sources) if sources else None, None, None, None, None)
+    # torch takes an empty list, of whatever, for a list of tensors.
+    return (*made, None, None, None, None, [None] * len(sources), None if sources else [], None, None, None)
 
 
 _project.register_autograd(_backward, setup_context=_setup_context)
@@ -589,7 +590,7 @@ def _check_range(
     for what, index, end in (
         ("rows", rows, T),
         ("text_rows", text_rows, T),
-        ("token_ids", token_ids, vocabulary),
+        ("token_ids", token_ids if text_rows.numel() else None, vocabulary),
         ("source", source, table),
     ):
         if index is not None and index.numel():

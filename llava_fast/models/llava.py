@@ -85,11 +85,7 @@ class Llava(nn.Module):
         weight = self.language_model.embed_tokens.weight
         if batch.layout is None or batch.views is None:
             return weight[batch.token_ids].to(self.compute_dtype)
-        layout = batch.layout
-        rows = self.multi_modal_projector(self.features(batch.views), layout, self.image_newline)
-        x_TD = rows.new_empty(batch.num_tokens, rows.shape[-1])
-        x_TD.index_copy_(0, layout.text_rows, weight[batch.token_ids[layout.text_rows]].to(rows.dtype))
-        return x_TD.index_copy_(0, layout.rows, rows)
+        return self.multi_modal_projector.embed(self.features(batch.views), batch.layout, self.image_newline, batch.token_ids, weight)
 
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None, embeds: Tensor | None = None) -> Tensor:
         """Last hidden states [R, D] of batch.needed_rows; writes keys and values to `cache` where one is given."""

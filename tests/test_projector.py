@@ -1,0 +1,204 @@
+"""The projector as one op: every way through it against the composed reference, values and gradients; layouts, compilation, bad calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llava_fast.kernels import registry
+from llava_fast.kernels.projector import _project, _project_backward, project
+
+NAMES = ("features", "w1", "b1", "w2", "b2", "newline", "embedding")
+# kind, act, two products, biases: no source | average with a newline | bilinear and average | a maximum among them | LLaVA v1
+CASES = {
+    "plain": ((), False, "gelu", True),
+    "average": (("average",), True, "gelu", True),
+    "mixed": (("bilinear", "average"), True, "gelu_pytorch_tanh", True),
+    "max": (("max", "average"), True, "quick_gelu", True),
+    "gathered": ((), True, "silu", True),
+    "linear": ((), False, None, False),
+    "linear pooled": (("average", "max"), True, None, False),
+    "no newline": (("average",), False, "gelu", True),
+}
+SIZES = {"average": (2, 2), "bilinear": (3, 2), "max": (2, 2)}
+
+
+def make(case: str, dtype: torch.dtype, weights: torch.dtype | None = None, E: int = 24, D: int = 40) -> dict[str, Any]:
+    """Three views of 5 x 5; some table rows are used twice, some never; text around the pictures, token ids repeat."""
+    modes, has_newline, act, two = CASES[case]
+    generator = torch.Generator().manual_seed(len(case))
+    weights = weights or dtype
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).bfloat16()
+
+    M = 75
+    resamples = tuple((mode, torch.randint(0, M, (2, 5, 5), generator=generator), SIZES[mode]) for mode in modes)
+    table = M + sum(2 * h * w for _, _, (h, w) in resamples)
+    source = None
+    if modes or has_newline:
+        source = torch.randint(0, table, (60,), generator=generator)
+        if has_newline:
+            source[::7] = table
+    V, texts = M if source is None else 60, 31
+    places = torch.randperm(V + texts, generator=generator)
+    rows, text_rows = places[:V].sort().values, places[V:].sort().values
+    token_ids = torch.zeros(V + texts, dtype=torch.int64)
+    token_ids[text_rows] = torch.randint(0, 9, (texts,), generator=generator)
+    return dict(
+        features=random(M, E).to(dtype),
+        w1=(random(D, E) / E**0.5).to(weights),
+        b1=None if case == "gathered" else random(D).to(weights),
+        w2=(random(D, D) / D**0.5).to(weights) if two else None,
+        b2=random(D).to(weights) if two and case != "gathered" else None,
+        newline=random(D).to(weights) if has_newline else None,
+        embedding=random(11, D).to(weights),
+        act=act,
+        source=source,
+        rows=rows,
+        text_rows=text_rows,
+        token_ids=token_ids,
+        resamples=resamples,
+    )
+
+
+def run(arguments: dict[str, Any], name: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The buffer and the gradients of all that is differentiable."""
+    leaves = {
+        key: arguments[key].detach().clone().to(dtype or arguments[key].dtype).requires_grad_()
+        for key in NAMES
+        if arguments[key] is not None
+    }
+    with registry.use(projector=name):
+        out = project(**{**arguments, **leaves})
+        with torch.no_grad():
+            assert torch.equal(project(**{**arguments, **leaves}), out)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.dtype)
+    return {"out": out.detach(), **dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), grad), strict=True))}
+
+
+def check(case: str, dtype: torch.dtype, weights: torch.dtype, name: str) -> None:
+    arguments = make(case, dtype, weights)
+    ours, torchs, exact = run(arguments, name), run(arguments, "reference"), run(arguments, "reference", torch.float64)
+    for key, truth in exact.items():
+        our = ours[key]
+        assert our.dtype == torchs[key].dtype and our.shape == truth.shape, key
+        floor = truth.abs().max() * torch.finfo(our.dtype).eps * 4
+        assert (our.double() - truth).abs().max() <= 2 * (torchs[key].double() - truth).abs().max() + floor, key
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients(case: str, weights: torch.dtype) -> None:
+    """The error against fp64 is at most twice that of torch in the same dtypes, plus a rounding of the largest value."""
+    check(case, torch.float32, weights, "cpu")
+
+
+def test_narrow_features() -> None:
+    check("average", torch.bfloat16, torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("case", ["mixed", "max", "linear pooled"])
+def test_gradcheck_of_the_reference(case: str) -> None:
+    arguments = make(case, torch.float64, E=2, D=3)
+    leaves = {key: arguments[key].requires_grad_() for key in NAMES if arguments[key] is not None}
+    assert torch.autograd.gradcheck(lambda *t: project(**{**arguments, **dict(zip(leaves, t, strict=True))}), tuple(leaves.values()))
+
+
+@pytest.mark.parametrize("frozen", [("embedding",), ("features", "w1", "b1", "newline"), ("features", "w1", "b1", "w2", "b2")])
+@pytest.mark.parametrize("case", ["average", "max"])
+def test_only_what_is_trained_gets_a_gradient(case: str, frozen: tuple[str, ...]) -> None:
+    arguments = make(case, torch.float32)
+    everything = run(arguments, "cpu")
+    leaves = {key: arguments[key].clone().requires_grad_(key not in frozen) for key in NAMES}
+    out = project(**{**arguments, **leaves})
+    out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().float())
+    for key, leaf in leaves.items():
+        assert (leaf.grad is None) if key in frozen else torch.equal(leaf.grad, everything[key]), key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_bits_twice_and_on_two_threads(case: str) -> None:
+    arguments = make(case, torch.float32)
+    expected, before = run(arguments, "cpu"), torch.get_num_threads()
+    torch.set_num_threads(2)
+    again = run(arguments, "cpu")
+    torch.set_num_threads(before)
+    for key in ("out", "embedding", *(["newline"] if arguments["newline"] is not None else [])):  # products of torch's may split anew
+        assert torch.equal(again[key], expected[key]), key
+    for key, value in run(arguments, "cpu").items():
+        assert torch.equal(value, expected[key]), key
+
+
+@pytest.mark.parametrize("case", ["plain", "mixed", "max", "linear pooled"])
+def test_opcheck(case: str) -> None:
+    a = make(case, torch.float32)
+    leaves = [None if a[key] is None else a[key].requires_grad_() for key in NAMES]
+    maps = (
+        [cells for _, cells, _ in a["resamples"]],
+        [n for _, _, size in a["resamples"] for n in size],
+        ",".join(m for m, _, _ in a["resamples"]),
+    )
+    indices = a["source"], a["rows"], a["text_rows"], a["token_ids"]
+    arguments = (*leaves, *indices, *maps, a["act"] or "", "cpu")
+    torch.library.opcheck(_project, arguments)
+    with torch.no_grad():
+        out, pre, table = _project(*arguments)
+    detached = [None if leaf is None else leaf.detach() for leaf in leaves]
+    needs = [leaf is not None for leaf in leaves]
+    backward = (torch.randn_like(out), detached[0], detached[1], detached[3], pre, table, *indices, *maps, a["act"] or "", needs, 11)
+    torch.library.opcheck(_project_backward, (*backward, torch.float32, "cpu"))
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_compiles_without_graph_breaks(implementation: str) -> None:
+    arguments = make("average", torch.float32)
+    leaves = [arguments[key].requires_grad_() for key in NAMES]
+
+    def step(*tensors: Tensor) -> Tensor:
+        return project(**{**arguments, **dict(zip(NAMES, tensors, strict=True))}).sin().sum()
+
+    torch.compiler.reset()
+    with registry.use(projector=implementation):
+        expected = torch.autograd.grad(step(*leaves), leaves)
+        compiled = torch.autograd.grad(torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves), leaves)
+    for ours, theirs in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_no_text_no_pictures_and_strides() -> None:
+    a = make("average", torch.float32)
+    V = len(a["rows"])
+    only = {**a, "rows": torch.arange(V), "text_rows": torch.empty(0, dtype=torch.int64), "token_ids": torch.zeros(V, dtype=torch.int64)}
+    none = {**make("plain", torch.float32), "features": torch.empty(0, 24), "rows": torch.empty(0, dtype=torch.int64)}
+    none |= {"text_rows": torch.arange(3), "token_ids": torch.tensor([1, 1, 4])}
+    wide = {**a, "features": torch.stack([a["features"], a["features"]], 1)[:, 0], "w1": a["w1"].t().contiguous().t()}
+    for arguments in (only, none, wide):
+        ours, theirs = run(arguments, "cpu"), run(arguments, "reference")
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(75, 23)}, r"expected features \[M, 24\] for w1 \[40, 24\], got torch.float32 \[75, 23\]"),
+        ({"w2": torch.zeros(40, 24)}, r"expected w2 \[40, 40\] for w1 \[40, 24\], got \[40, 24\]"),
+        ({"newline": torch.zeros(39)}, r"expected newline \[40\]"),
+        ({"embedding": torch.zeros(11, 39)}, r"expected an embedding table \[vocabulary, 40\], got \[11, 39\]"),
+        ({"text_rows": torch.arange(30)}, "share out 91 rows .* got 60 rows, 30 text rows, 60 sources and 75 view rows"),
+        ({"source": None}, "got 60 rows, 31 text rows, no source and 75 view rows"),
+        ({"act": "relu"}, "act must be one of gelu, .* got 'relu'"),
+        ({"rows": torch.zeros(60, dtype=torch.int32)}, "expected int64 rows, got torch.int32"),
+        ({"rows": torch.full((60,), 91)}, "rows must be 0 to 90, got 91 to 91"),
+        ({"source": torch.full((60,), 84)}, "source must be 0 to 83, got 84 to 84"),
+        ({"token_ids": torch.full((91,), -1)}, "token_ids must be 0 to 10, got -1 to -1"),
+    ],
+)
+def test_bad_arguments(change: dict, message: str, implementation: str) -> None:
+    with registry.use(projector=implementation), pytest.raises(ValueError, match=message):
+        project(**{**make("average", torch.float32), **change})
