@@ -87,7 +87,7 @@ def _environment() -> None:
 
 
 @contextmanager
-def recorded(arch: int, keep: Callable[[Any, str], None]) -> Iterator[None]:
+def recorded(arch: int, keep: Callable[[Any, str], object]) -> Iterator[None]:
     """Inside, a launch of a Triton kernel compiles it for sm_`arch` and calls keep(compiled, log of ptxas) instead of launching it."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -187,22 +187,18 @@ def limits(row: Row) -> Iterator[str]:
 def compile_calls(op: str, calls: Callable[[str], Iterator[tuple[str, Callable[[], object]]]], arch: int) -> list[Kernel]:
     """Every distinct kernel that the cases of shipped_calls launch; a case that raises is a row of zeros with its error as the fault."""
     kernels: list[Kernel] = []
-    with recorded(arch, lambda *_: None):  # which cases there are may depend on the architecture
-        cases = list(calls("meta"))
-    for case, call in cases:
-        found: dict[str, Kernel] = {}
-
-        def keep(compiled: Any, log: str, case: str = case, found: dict[str, Kernel] = found) -> None:
-            found.setdefault(compiled.hash, inspect_kernel(op, case, compiled, log))
-
-        try:
-            with recorded(arch, keep):
-                call()
+    found: dict[str, Kernel] = {}
+    case = ""
+    with recorded(arch, lambda compiled, log: found.setdefault(compiled.hash, inspect_kernel(op, case, compiled, log))):
+        for case, call in calls("meta"):
             fault = "nothing was launched"
-        except Exception as error:  # any: it is reported, and the gate fails with it
-            fault = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
+            try:
+                call()
+            except Exception as error:  # any: it is reported, and the gate fails with it
+                fault = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
+                found.clear()
+            kernels += list(found.values()) or [Kernel(Row(op, case, "none", arch, *[0] * 9), (fault,))]
             found.clear()
-        kernels += found.values() or [Kernel(Row(op, case, "none", arch, *[0] * 9), (fault,))]
     return kernels
 
 

@@ -1,0 +1,327 @@
+"""What is checked and timed on a GPU: calls of the public functions on the model's own shapes, with the work they do and what competes.
+
+Shared by tests/gpu, bench.correctness and bench.gpu. `small` shrinks rows and vocabulary, not widths and head dims: the dry run's scale.
+Shape letters: T rows, S sequences, H heads, G key-value heads, d head dim, D width, F MLP width, L label rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_fast.kernels.activation import swiglu
+from llava_fast.kernels.linear import linear, quantise
+from llava_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from llava_fast.kernels.norm import layer_norm, rms_norm
+from llava_fast.kernels.rope import rope
+from llava_fast.kernels.spatial_pool import spatial_pool
+from llava_fast.kernels.varlen_attention import varlen_attention
+
+VIEW = 729
+HALVES = (torch.bfloat16, torch.float16)
+ALL = (*HALVES, torch.float32)
+
+
+@dataclass(frozen=True)
+class Make:
+    """Makes inputs on a device, in a dtype, from a seed."""
+
+    device: str
+    dtype: torch.dtype
+    small: bool
+    generator: torch.Generator
+
+    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator, device=self.device) * scale).to(self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator, device=self.device)
+
+    def lengths(self, count: int, length: int) -> Tensor:
+        """cu_seqlens of `count` sequences of `length` rows."""
+        return torch.arange(0, (count + 1) * length, length, dtype=torch.int32, device=self.device)
+
+    def rows(self, count: int) -> int:
+        return min(count, 48) if self.small else count
+
+
+@dataclass(frozen=True)
+class Case:
+    """make: the inputs by name, of which `grads` are differentiated.  run: our call of them, a tensor or several.
+
+    work: (operations, bytes) of one forward of these inputs.  baselines: what else computes the same, by name.
+    """
+
+    op: str
+    name: str
+    make: Callable[[Make], dict[str, Any]]
+    run: Callable[..., Any]
+    grads: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ALL
+    work: Callable[..., tuple[float, float]] = lambda **inputs: (0.0, 0.0)
+    baselines: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    times: bool = True  # whether it is a benchmark too
+
+    def inputs(self, device: str, dtype: torch.dtype, small: bool, seed: int = 0) -> dict[str, Any]:
+        return self.make(Make(device, dtype, small, torch.Generator(device).manual_seed(seed)))
+
+
+def moved(*tensors: Tensor) -> float:
+    return float(sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+# --- attention: H200 does 4 n^2 d operations a head; half of them where a row sees its past alone
+
+
+def _attention(name: str, count: int, length: int, H: int, G: int, d: int, causal: bool) -> Case:
+    def make(m: Make) -> dict[str, Any]:
+        n, s = m.rows(length), min(count, 2) if m.small else count
+        return dict(q=m.normal(s * n, H, d), k=m.normal(s * n, G, d), v=m.normal(s * n, G, d), cu=m.lengths(s, n))
+
+    def work(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> tuple[float, float]:
+        sequences = cu.shape[0] - 1
+        return 4 * sequences * (q.shape[0] / sequences) ** 2 * H * d * (0.5 if causal else 1.0), moved(q, k, v, q)
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        q, k, v = (x.unflatten(0, (cu.shape[0] - 1, -1)).transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=H != G).transpose(1, 2).flatten(0, 1)
+
+    def cudnn(**inputs: Tensor) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return sdpa(**inputs)
+
+    def longest(q: Tensor, cu: Tensor) -> int:
+        return q.shape[0] // (cu.shape[0] - 1)
+
+    def torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        n, window = longest(q, cu), (-1, 0) if causal else (-1, -1)
+        return varlen_attn(q, k, v, cu, cu, n, n, window_size=window)  # type: ignore[return-value]
+
+    def flash_attn(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        function = importlib.import_module("flash_attn").flash_attn_varlen_func
+        return function(q, k, v, cu, cu, longest(q, cu), longest(q, cu), causal=causal)
+
+    def xformers(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        ops = importlib.import_module("xformers.ops")
+        bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens([longest(q, cu)] * (cu.shape[0] - 1))
+        return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias.make_causal() if causal else bias)[0]
+
+    return Case(
+        "varlen_attention",
+        f"attention {name}",
+        make,
+        lambda q, k, v, cu: varlen_attention(q, k, v, cu, cu, causal=causal),
+        ("q", "k", "v"),
+        work=work,
+        baselines={"sdpa": sdpa, "sdpa cudnn": cudnn, "varlen_attn": torch_varlen, "flash_attn": flash_attn, "xformers": xformers},
+    )
+
+
+def _odd_attention(causal: bool) -> Case:
+    """Queries that are a subset of the rows, an empty sequence, grouped heads, a shared prefix."""
+
+    def make(m: Make) -> dict[str, Any]:
+        place = lambda *rows, dtype=torch.int32: torch.tensor(rows, dtype=dtype, device=m.device)  # noqa: E731
+        named = dict(q=m.normal(9, 8, 64), k=m.normal(140, 2, 64), v=m.normal(140, 2, 64))
+        named |= dict(cu_q=place(0, 1, 6, 6, 9), cu_k=place(0, 1, 124, 124, 140))
+        named |= dict(q_index=place(0, 3, 50, 51, 100, 122, 0, 8, 15, dtype=torch.int64))
+        return {**named, "prefix": torch.stack([place(0, 0, 0, 1), place(0, 0, 0, 124)], 1)}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, q_index: Tensor, prefix: Tensor) -> Tensor:
+        return varlen_attention(q, k, v, cu_q, cu_k, causal=causal, q_index=q_index, prefix=prefix)
+
+    return Case("varlen_attention", f"attention odd {'causal' if causal else 'full'}", make, run, ("q", "k", "v"), times=False)
+
+
+# --- rows: norms, rope, activations, pooling
+
+
+def _norm(name: str, T: int, D: int) -> Case:
+    centred = name == "layer"
+
+    def make(m: Make) -> dict[str, Any]:
+        named = dict(x=m.normal(m.rows(T), D), weight=m.normal(D, scale=0.1) + 1)
+        return {**named, "bias": m.normal(D, scale=0.1)} if centred else named
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return rms_norm(x, weight, 1e-6) if bias is None else layer_norm(x, weight, bias, 1e-6)
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, 1e-6) if bias is None else F.layer_norm(x, weight.shape, weight, bias, 1e-6)
+
+    def liger(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        functional = importlib.import_module("liger_kernel.transformers.functional")
+        return functional.liger_rms_norm(x, weight, 1e-6) if bias is None else functional.liger_layer_norm(x, weight, bias, 1e-6)
+
+    grads = ("x", "weight", "bias") if centred else ("x", "weight")
+    baselines = {"torch": eager, "torch.compile": compiled(eager), "liger": liger}
+    return Case("norm", f"{name}_norm {T}x{D}", make, run, grads, ALL, lambda x, **_: (0.0, 2 * moved(x)), baselines)
+
+
+def _swiglu(T: int, width: int) -> Case:
+    def eager(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    return Case(
+        "activation",
+        f"swiglu {T}x{width}",
+        lambda m: dict(x=m.normal(m.rows(T), 2 * width)),
+        swiglu,
+        ("x",),
+        work=lambda x: (0.0, 1.5 * moved(x)),
+        baselines={"torch": eager, "torch.compile": compiled(eager)},
+    )
+
+
+def _rope(T: int, H: int, d: int) -> Case:
+    def make(m: Make) -> dict[str, Any]:
+        angles = torch.outer(torch.arange(m.rows(T)), 1e-3 ** (torch.arange(d // 2) / (d // 2)))
+        return dict(x=m.normal(m.rows(T), H, d), cos=angles.cos().to(m.device, m.dtype), sin=angles.sin().to(m.device, m.dtype))
+
+    def eager(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]], -1)
+
+    baselines = {"torch": eager, "torch.compile": compiled(eager)}
+    return Case("rope", f"rope {T}x{H}x{d}", make, rope, ("x",), ALL, lambda x, cos, sin: (0.0, 2 * moved(x) + moved(cos, sin)), baselines)
+
+
+def _pool(mode: str, size: int, K: int = 64) -> Case:
+    def make(m: Make) -> dict[str, Any]:
+        k = 2 if m.small else K
+        return dict(table=m.normal(k * VIEW, 1024), source=torch.arange(k * VIEW, device=m.device).view(k, 27, 27))
+
+    def run(table: Tensor, source: Tensor) -> Tensor:
+        return spatial_pool(table, source, (size, size), mode)  # type: ignore[arg-type]
+
+    return Case("spatial_pool", f"pool {mode} {K} views", make, run, ("table",), ALL, lambda table, source: (0.0, 1.25 * moved(table)))
+
+
+# --- products
+
+
+def _linear(name: str, T: int, O: int, I: int, act: str | None = None, residual: bool = False) -> Case:
+    def make(m: Make) -> dict[str, Any]:
+        named = dict(x=m.normal(m.rows(T), I), weight=m.normal(min(O, 512) if m.small else O, I, scale=I**-0.5))
+        named |= dict(bias=m.normal(named["weight"].shape[0]))
+        return {**named, "residual": m.normal(named["x"].shape[0], named["weight"].shape[0])} if residual else named
+
+    def eager(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        y = F.gelu(y, approximate="tanh") if act else y
+        return y if residual is None else y + residual
+
+    return Case(
+        "linear",
+        f"linear {name} {T}x{O}x{I}",
+        make,
+        lambda x, weight, bias, residual=None: linear(x, weight, bias, act=act, residual=residual),
+        ("x", "weight", "bias", "residual") if residual else ("x", "weight", "bias"),
+        work=lambda x, weight, **_: (2 * x.shape[0] * weight.numel(), moved(x, weight) + x.shape[0] * weight.shape[0] * x.element_size()),
+        baselines={"torch": eager, "torch.compile": compiled(eager)},
+    )
+
+
+def _quantised(kind: str, T: int, O: int, I: int) -> Case:
+    def make(m: Make) -> dict[str, Any]:
+        full = m.normal(min(O, 512) if m.small else O, I, scale=I**-0.5)
+        group = {"group": 128} if kind == "int4" else {}
+        return dict(x=m.normal(T, I), weight=quantise(full.float(), kind, **group), full=full)  # type: ignore[arg-type]
+
+    return Case(
+        "linear",
+        f"linear {kind} {T}x{O}x{I}",
+        make,
+        lambda x, weight, full: linear(x, weight),
+        dtypes=HALVES,
+        work=lambda x, weight, full: (2 * x.shape[0] * full.numel(), moved(weight.weight, weight.scale)),
+        baselines={"torch bf16": lambda x, weight, full: F.linear(x, full)},
+    )
+
+
+def _loss(name: str, L: int, D: int, V: int, **options: Any) -> Case:
+    def make(m: Make) -> dict[str, Any]:
+        vocabulary = 1000 if m.small else V
+        hidden, weight = m.normal(m.rows(L), D), m.normal(vocabulary, D, scale=D**-0.5)
+        return dict(hidden=hidden, weight=weight, labels=m.integers(vocabulary, hidden.shape[0]))
+
+    def eager(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+    def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        functional = importlib.import_module("liger_kernel.transformers.functional")
+        return functional.liger_fused_linear_cross_entropy(hidden, weight, labels)
+
+    return Case(
+        "linear_cross_entropy",
+        f"loss {name} {L}x{D}x{V}",
+        make,
+        lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, **options),
+        ("hidden", "weight"),
+        work=lambda hidden, weight, labels: (2 * hidden.shape[0] * weight.numel(), moved(hidden, weight)),
+        baselines={} if options != {"reduction": "mean"} else {"torch": eager, "torch.compile": compiled(eager), "liger": liger},
+        times=options == {"reduction": "mean"},
+    )
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile when it is first called, and not on import."""
+    made: list[Callable[..., Any]] = []
+
+    def run(**inputs: Any) -> Any:
+        if not made:
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](**inputs)
+
+    return run
+
+
+# In the order of their worth: what the clock cuts off is last.
+CASES = [
+    _attention("d72 full 64x729", 64, VIEW, 16, 16, 72, causal=False),
+    _attention("d128 causal 4x4096", 4, 4096, 32, 32, 128, causal=True),
+    _attention("d64 causal 4x4096", 4, 4096, 16, 16, 64, causal=True),
+    _loss("7b", 4096, 4096, 152_000, reduction="mean"),
+    _loss("0.5b", 4096, 1024, 152_000, reduction="mean"),
+    _norm("layer", 64 * VIEW, 1152),
+    _norm("rms", 16_384, 1024),
+    _norm("rms", 16_384, 4096),
+    _swiglu(16_384, 2816),
+    _swiglu(8192, 11_008),
+    _rope(16_384, 16, 64),
+    _rope(8192, 32, 128),
+    *[_quantised(kind, 1, 11_008, 4096) for kind in ("int8", "int4", "fp8")],
+    *[_quantised(kind, 8, 4096, 11_008) for kind in ("int8", "int4", "fp8")],
+    _linear("gelu", 64 * VIEW, 4304, 1152, act="gelu_pytorch_tanh"),
+    _linear("residual", 64 * VIEW, 1152, 4304, residual=True),
+    _linear("plain", 1, 4096, 4096),
+    _pool("average", 13),
+    _pool("bilinear", 14),
+    _pool("max", 13),
+    # Odd shapes: for the checks alone.
+    _odd_attention(causal=True),
+    _odd_attention(causal=False),
+    _attention("d80 full 3x5", 3, 5, 2, 1, 80, causal=False),
+    _loss("rows", 123, 1152, 1003, reduction="none", label_smoothing=0.1, z_loss=1e-4),
+    _norm("layer", 5, 1154),
+    _norm("rms", 1, 1024),
+    _swiglu(5, 123),
+    _rope(5, 3, 72),
+    _linear("odd", 5, 123, 588, residual=True),
+]
+
+
+def work_of_backward(operations: float, op: str) -> float:
+    """Operations of forward and backward: attention's backward multiplies five times where its forward does twice."""
+    return operations * (3.5 if op == "varlen_attention" else 3.0)
