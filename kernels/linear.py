@@ -308,6 +308,7 @@ registry.register(
         # Compiled and interpreted, and never run on hardware: by name only until it is measured.
         "triton": Implementation(_linear_triton.launch, DEVICES, _FLOATS, _linear_triton.serves, modules=("triton",), default=False),
     },
+    shapes=("float32", "bfloat16", "int8", "int4", "fp8"),
 )
 
 

@@ -266,6 +266,7 @@ registry.register(
         # Never run on hardware: by name only until it is measured.
         "triton": Implementation(_forward_triton, DEVICES, _DTYPES, lambda D: D <= WIDEST, modules=("triton",), default=False),
     },
+    shapes=(1024, 1152, 4096),
 )
 
 
