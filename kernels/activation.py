@@ -60,7 +60,7 @@ def _activation_backward_kernel(grad_x_ptr, grad_ptr, x_ptr, n, KIND: tl.constex
     else:
         u, du = _sigmoid_input(x, KIND)
         s = tl.sigmoid(u)
-        slope = s + x * s * (1.0 - s) * du
+        slope = s + x * s * tl.sigmoid(-u) * du  # 1 - s would lose what du then makes large
     tl.store(grad_x_ptr + i, (grad * slope).to(grad_x_ptr.dtype.element_ty), mask=i < n)
 
 

@@ -43,9 +43,9 @@ def _to_e4m3(x):
 
 
 @jit
-def _store_scaled(pointers, value, scale_ptr, heads, mask, SCALED: tl.constexpr):
+def _store_scaled(pointers, value, scale_ptr, h, G, mask, SCALED: tl.constexpr):
     if SCALED:
-        value = value / tl.load(scale_ptr + heads, mask=mask[:, 0:1].sum(1) > 0, other=1.0)[:, None]
+        value = value / tl.load(scale_ptr + h, mask=h < G, other=1.0)[:, None]
     if pointers.dtype.element_ty == tl.uint8:
         tl.store(pointers, _to_e4m3(value), mask=mask)
     else:
@@ -76,23 +76,23 @@ def _rope_kernel(
         tl.store(out + HALF, (b * cos + a * sin).to(q_out_ptr.dtype.element_ty), mask=mask)
     else:
         h = (block - q_blocks) * BLOCK_H + tl.arange(0, BLOCK_H)
-        mask = (h < G)[:, None] & (i < HALF)[None, :]
-        row = t
+        row, heads = t, G
         if CACHE:
             row = tl.load(slots_ptr + t)
-            mask = mask & (row >= 0)
+            heads = tl.where(row >= 0, G, 0)
+        mask = (h < heads)[:, None] & (i < HALF)[None, :]
         source = k_ptr + t * k_row + h[:, None] * k_head + i[None, :]
         a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
         b = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
         offset = (row * G + h[:, None]) * (2 * HALF) + i[None, :]
-        _store_scaled(k_out_ptr + offset, a * cos - b * sin, k_scale_ptr, h, mask, SCALED)
-        _store_scaled(k_out_ptr + offset + HALF, b * cos + a * sin, k_scale_ptr, h, mask, SCALED)
+        _store_scaled(k_out_ptr + offset, a * cos - b * sin, k_scale_ptr, h, G, mask, SCALED)
+        _store_scaled(k_out_ptr + offset + HALF, b * cos + a * sin, k_scale_ptr, h, G, mask, SCALED)
         if CACHE:
             source = v_ptr + t * v_row + h[:, None] * v_head + i[None, :]
             a = tl.load(source, mask=mask, other=0.0).to(tl.float32)
             b = tl.load(source + HALF, mask=mask, other=0.0).to(tl.float32)
-            _store_scaled(v_out_ptr + offset, a, v_scale_ptr, h, mask, SCALED)
-            _store_scaled(v_out_ptr + offset + HALF, b, v_scale_ptr, h, mask, SCALED)
+            _store_scaled(v_out_ptr + offset, a, v_scale_ptr, h, G, mask, SCALED)
+            _store_scaled(v_out_ptr + offset + HALF, b, v_scale_ptr, h, G, mask, SCALED)
 
 
 def _rows(x_THd: Tensor) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ from llava_fast.kernels import registry
 from llava_fast.kernels.norm import _norm, _norm_backward, add_layer_norm, add_rms_norm, layer_norm, norm_reference, rms_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1024), (5, 123), (2, 7, 1152), (0, 64), (67, 17), (3, 1), (40, 4096)]
+SHAPES = [(1, 1024), (5, 123), (2, 7, 1152), (0, 64), (67, 17), (3, 3), (40, 4096)]
 
 
 @pytest.fixture(params=_cpu.supported_isas())

@@ -7,8 +7,12 @@
 namespace llava_fast {
 namespace ISA {
 
+// exp(-x), kept finite for the reciprocal of 1 + exp(-x).
+static inline vec odds(vec x) {
+    return exp(min(splat(80.0f), splat(0.0f) - x));
+}
 static inline vec sigmoid(vec x) {
-    return reciprocal(splat(1.0f) + exp(min(splat(80.0f), splat(0.0f) - x)));  // a finite sum
+    return reciprocal(splat(1.0f) + odds(x));
 }
 
 // The normal distribution function, 1/2 + x P(x^2) / Q(x^2): our own minimax fit, 1.4e-8 off for |x| < 5.3 before rounding. Past that it
@@ -52,8 +56,9 @@ struct Function {
         if (kKind == Activation::gelu) {
             return fma(x * splat(0.3989422804f), exp(x * x * splat(-0.5f)), normal_cdf(x));
         }
-        const vec s = sigmoid(inner(x));
-        return fma(x * s * (splat(1.0f) - s), inner_slope(x), s);
+        // 1 - s is taken as odds * s: a difference loses what u'(x) then makes large.
+        const vec o = odds(inner(x)), s = reciprocal(splat(1.0f) + o);
+        return fma(x * s * (o * s), inner_slope(x), s);
     }
 };
 
