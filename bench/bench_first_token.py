@@ -10,17 +10,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from bench.full_size import make_full_size
 from bench.memory import median_of, run_in_turns
 
 NEW_TOKENS = 16
 ROUNDS = 3
 
 
-def test_first_token(tmp_path: Path, benchmark, record_row) -> None:
-    checkpoint = str(make_full_size(tmp_path / "model"))
+def test_first_token(full_size: Path, benchmark, record_row) -> None:
     sides = ("llava_fast", "transformers")
-    commands = {side: ["-m", "bench.first_token", side, checkpoint, str(NEW_TOKENS)] for side in sides}
+    commands = {side: ["-m", "bench.first_token", side, str(full_size), str(NEW_TOKENS)] for side in sides}
     runs = benchmark.pedantic(lambda: run_in_turns(commands, ROUNDS, env={"PYTHONPATH": os.getcwd()}), rounds=1)
     ids = {tuple(run.report["ids"]) for side in sides for run in runs[side]}
     assert len(ids) == 1, f"the two sides answer differently: {ids}"

@@ -1,17 +1,20 @@
 """`pytest bench --benchmark-only`: every benchmark in turns with its baseline, the machine's limits first, ratios last.
 
 --seconds S     time a benchmark may take (default 2)
+--checkpoint D  a checkpoint of bench.full_size to use again
 --record NAME   write the results to bench/results/<device>/<date>-<commit>-NAME.json
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import results
+from bench.full_size import make_full_size
 from bench.limits import Limits, describe, probe, seconds
 from bench.paired import Paired, rounds_for
 
@@ -22,12 +25,19 @@ _limits = pytest.StashKey[dict[str, Limits]]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llava_fast benchmarks")
     group.addoption("--seconds", type=float, default=2.0, help="time a benchmark may take")
+    group.addoption("--checkpoint", type=Path, help="a directory that bench.full_size made before, instead of a new one")
     group.addoption("--record", metavar="NAME", help="write the results under bench/results/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
     config.stash[_limits] = {}
+
+
+@pytest.fixture(scope="session")
+def full_size(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the 0.5b architecture with random weights."""
+    return request.config.getoption("--checkpoint") or make_full_size(tmp_path_factory.mktemp("full") / "model")
 
 
 @pytest.fixture
@@ -45,10 +55,11 @@ def limits(request: pytest.FixtureRequest) -> Callable[[str], Limits]:
 
 @pytest.fixture
 def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.FixtureRequest) -> Callable[..., Paired]:
-    """paired(ours, baseline, device='cpu', bytes_moved=..., operations=..., limit=...) times both in turns.
+    """paired(ours, baseline, device='cpu', bytes_moved=... | bytes_read=... | operations=..., limit=...) times both in turns.
 
     pytest-benchmark times `ours`; each round is preceded by one of `baseline`. bytes_moved and operations of one call of ours
-    give its rate and the share of the limit: copy bandwidth for bytes, or `limit` operations a second.
+    give its rate and the share of the limit: copy bandwidth for bytes moved, read bandwidth for bytes_read, or `limit` operations a
+    second.
     Everything lands in benchmark.extra_info.
     """
 
@@ -58,6 +69,7 @@ def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.Fixt
         *,
         device: str = "cpu",
         bytes_moved: float | None = None,
+        bytes_read: float | None = None,
         operations: float | None = None,
         limit: float | None = None,
     ) -> Paired:
@@ -72,9 +84,10 @@ def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.Fixt
         )
         pairs = Paired(tuple(our_times), tuple(baseline_times))
         row = {"name": request.node.name, "device": device, **pairs.summary()}
-        if bytes_moved is not None:
-            row["gbs"] = bytes_moved / row["ours_ms"] / 1e6
-            row["of_limit"] = row["gbs"] / machine.copy_gbs
+        for moved, best in ((bytes_moved, machine.copy_gbs), (bytes_read, machine.read_gbs)):
+            if moved is not None:
+                row["gbs"] = moved / row["ours_ms"] / 1e6
+                row["of_limit"] = row["gbs"] / best
         if operations is not None and limit is not None:
             row["gflops"] = operations / row["ours_ms"] / 1e6
             row["of_limit"] = row["gflops"] * 1e9 / limit

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
@@ -212,6 +213,7 @@ def load_into(
             value[tensor.shape[0] :] = tensor.float().mean(0).to(dtype)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+    model.join()
     for name, tensor in read_tensors({n: stored[n] for n in derived if n in stored}):
         _check_derived(name, tensor, model)
     return carried
@@ -402,7 +404,7 @@ def save_pretrained(model: Any, directory: str | os.PathLike, max_shard_size: st
     target.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     try:
-        save_torch_state_dict(hf_state_dict(model), scratch, max_shard_size=max_shard_size, metadata={"format": "pt"})
+        _save_shards(hf_state_dict(model), scratch, max_shard_size)
         raw = {
             **model.config.raw,
             "architectures": ["LlavaForConditionalGeneration"],
@@ -420,6 +422,16 @@ def save_pretrained(model: Any, directory: str | os.PathLike, max_shard_size: st
             (target / name).unlink(missing_ok=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _save_shards(tensors: dict[str, Tensor], folder: Path, max_shard_size: str) -> None:
+    """Weights that lie side by side in one storage are written one by one, at the cost of copies of one shard at a time."""
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name].to("cpu", copy=True) for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _own_weights(directory: Path) -> set[str]:

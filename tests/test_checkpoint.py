@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_old_model(checkpoints, tmp_path, monkeypatch):
     def full(*args, **kw):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_torch_state_dict", full)
+    monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         second.save_pretrained(tmp_path)
     assert lf.load(tmp_path).lm_head is None

@@ -92,7 +92,9 @@ def _prefill(model: Llava, batch: PackedBatch, sequences: list[Sequence], embeds
     for s, seq in enumerate(sequences):
         owner.setdefault(seq.prompt, s)
     slots = torch.cat([torch.arange(lengths[s]) + first_rows[s] for _, s in sorted(owner.items())]).to(device)
-    cache = KVCache(k, v, batch.cu_seqlens.to(device), slots, torch.empty(0), prefilling=True)
+    starts = torch.tensor([*(first_rows[s] for _, s in sorted(owner.items())), ends[-1]], dtype=torch.int32, device=device)
+    used = torch.tensor([lengths[s] for _, s in sorted(owner.items())], dtype=torch.int32, device=device)
+    cache = KVCache(k, v, starts, slots, used)
     hidden = model.hidden(batch.to(device), cache, embeds)
     for s, seq in enumerate(sequences):  # samples of one prompt: it was computed once, its rows are copied
         source = owner[seq.prompt]
@@ -117,7 +119,6 @@ def _step(model: Llava, cache: KVCache, first_rows: list[int], live: list[tuple[
         starts=torch.tensor([*starts, cache.k.shape[1]], dtype=torch.int32, device=device),
         slots=torch.tensor([a + b for a, b in zip(starts, position, strict=True)], device=device),
         used=torch.tensor([p + 1 for p in position], dtype=torch.int32, device=device),
-        prefilling=False,
     )
     cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=device)
     x_SD = model.language_model.embed_tokens.weight[token_ids].to(model.compute_dtype)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_fast.config import DecoderConfig
-from llava_fast.kernels.activation import swiglu_pair
-from llava_fast.kernels.rope import rope, rope_tables
+from llava_fast.kernels.activation import swiglu
+from llava_fast.kernels.rope import rope, rope_into_cache, rope_qk, rope_tables
 from llava_fast.kernels.varlen_attention import varlen_attention
-from llava_fast.models.layers import Linear, RMSNorm
+from llava_fast.models.layers import Linear, RMSNorm, join, joined_linear
 
 
 @dataclass
@@ -24,7 +24,6 @@ class KVCache:
     """Keys and values of every layer, [layers, rows, G, d]; sequence s owns rows starts[s] : starts[s + 1].
 
     slots: int64 [T], the rows that this step's keys go to.  used: int32 [S], rows filled once they are written.
-    prefilling: the step's rows are whole sequences, which need no key from the cache.
     """
 
     k: Tensor
@@ -32,7 +31,6 @@ class KVCache:
     starts: Tensor
     slots: Tensor
     used: Tensor
-    prefilling: bool
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def inverse_frequencies(config: DecoderConfig, device: torch.device) -> tuple[Te
 class Attention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.heads, self.kv_heads = config.head_dim, config.heads, config.kv_heads
         self.q_proj = Linear(config.width, config.heads * config.head_dim, bias=config.qkv_bias)
         self.k_proj = Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
         self.v_proj = Linear(config.width, config.kv_heads * config.head_dim, bias=config.qkv_bias)
@@ -84,17 +82,24 @@ class Attention(nn.Module):
     ) -> Tensor:
         """Keys and values for every row; queries and the output for the needed ones."""
         cos, sin = tables
-        k = rope(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), cos, sin)
-        v = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
-        if needed_R is not None:
-            x_TD, cos, sin = x_TD[needed_R], cos[needed_R], sin[needed_R]
-        q = rope(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)), cos, sin)
+        if needed_R is None:
+            heads = joined_linear(x_TD, (self.q_proj, self.k_proj, self.v_proj)).unflatten(-1, (-1, self.head_dim))
+            q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        else:
+            q = self.q_proj(x_TD[needed_R]).unflatten(-1, (-1, self.head_dim))
+            k, v = joined_linear(x_TD, (self.k_proj, self.v_proj)).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
         if cache is not None:
             cached_k, cached_v, state = cache
-            cached_k.index_copy_(0, state.slots, k.to(cached_k.dtype))
-            cached_v.index_copy_(0, state.slots, v.to(cached_v.dtype))
-            if not state.prefilling:
-                k, v = cached_k, cached_v
+            if needed_R is None:
+                q = rope_into_cache(q, k, v, cos, sin, cached_k, cached_v, state.slots)
+            else:
+                rope_into_cache(k[:, :0], k, v, cos, sin, cached_k, cached_v, state.slots)
+                q = rope(q, cos[needed_R], sin[needed_R])
+            k, v = cached_k, cached_v
+        elif needed_R is None:
+            q, k = rope_qk(q, k, cos, sin)
+        else:
+            q, k = rope(q, cos[needed_R], sin[needed_R]), rope(k, cos, sin)
         out = varlen_attention(
             q,
             k,
@@ -116,7 +121,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu_pair(self.gate_proj(x_TD), self.up_proj(x_TD)))
+        return self.down_proj(swiglu(joined_linear(x_TD, (self.gate_proj, self.up_proj))))
 
 
 class Layer(nn.Module):
@@ -130,14 +135,22 @@ class Layer(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
+        residual_TD: Tensor | None,
         tables: tuple[Tensor, Tensor],
         queries: Queries,
         needed_R: Tensor | None = None,
         cache: tuple[Tensor, Tensor, KVCache] | None = None,
-    ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x_TD), tables, queries, needed_R, cache)
-        x_TD = (x_TD if needed_R is None else x_TD[needed_R]) + attended
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+    ) -> tuple[Tensor, Tensor]:
+        """The state of the row is x + residual, on both sides: the sum is made where the next norm reads it."""
+        if residual_TD is None:
+            normed, residual_TD = self.input_layernorm(x_TD), x_TD
+        else:
+            normed, residual_TD = self.input_layernorm.add(x_TD, residual_TD)
+        attended = self.self_attn(normed, tables, queries, needed_R, cache)
+        if needed_R is not None:
+            residual_TD = residual_TD[needed_R]
+        normed, residual_TD = self.post_attention_layernorm.add(attended, residual_TD)
+        return self.mlp(normed), residual_TD
 
 
 class Decoder(nn.Module):
@@ -150,6 +163,13 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}  # made at first use: on the meta device they would be nothing
+
+    def join(self) -> None:
+        """Put the weights that share an input side by side: q, k and v; gate and up."""
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            join((layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))
+            join((layer.mlp.gate_proj, layer.mlp.up_proj))
 
     def forward(
         self,
@@ -168,16 +188,18 @@ class Decoder(nn.Module):
             self._frequencies[x_TD.device] = inverse_frequencies(self.config, x_TD.device)
         inv_freq, scaling = self._frequencies[x_TD.device]
         tables = rope_tables(positions_T, inv_freq, scaling, x_TD.dtype)
-        if cache is None or cache.prefilling:
+        if cache is None:
             queries = Queries(cu_seqlens, cu_seqlens, None, None, prefix)
         else:
-            queries = Queries(cu_seqlens, cache.starts, None, cache.used, None)
+            queries = Queries(cu_seqlens, cache.starts, None, cache.used, prefix)
         last = queries if needed_R is None else _narrow(queries, cu_seqlens, needed_R)
+        residual_TD: Tensor | None = None
         for i, layer in enumerate(self.layers):
             final = i == len(self.layers) - 1
             state = None if cache is None else (cache.k[i], cache.v[i], cache)
-            x_TD = layer(x_TD, tables, last if final else queries, needed_R if final else None, state)
-        return self.norm(x_TD)
+            x_TD, residual_TD = layer(x_TD, residual_TD, tables, last if final else queries, needed_R if final else None, state)
+        assert residual_TD is not None, "a decoder has layers"
+        return self.norm.add(x_TD, residual_TD)[0]
 
 
 def _narrow(queries: Queries, cu_seqlens: Tensor, needed_R: Tensor) -> Queries:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from llava_fast.kernels.linear import linear
-from llava_fast.kernels.norm import layer_norm, rms_norm
+from llava_fast.kernels.linear import Quantised, linear
+from llava_fast.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 class Linear(nn.Linear):
     """nn.Linear (so that tools that look for it, adapters among them, find it) whose weight may be narrower than its input."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, act: str | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias, act=act)
 
 
 class LayerNorm(nn.Module):
@@ -26,6 +29,10 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, self.eps)
 
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum)"""
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, width: int, eps: float):
@@ -35,3 +42,67 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum)"""
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+def join(parts: Sequence[nn.Linear]) -> None:
+    """Move the parameters of linears that share their input into one storage, one after the other: `joined_linear` then multiplies once.
+
+    They stay the parameters they were, under their names.
+    """
+    for name in ("weight", "bias"):
+        tensors = [getattr(part, name) for part in parts]
+        if all(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in tensors) and _adjacent(tensors) is None:
+            for tensor, piece in zip(tensors, torch.cat([t.data for t in tensors]).split([t.shape[0] for t in tensors]), strict=True):
+                tensor.data = piece
+
+
+def joined_linear(x: Tensor, parts: Sequence[Linear]) -> Tensor:
+    """[..., sum of O]: the outputs of linears that share their input, side by side; one product where `join` put them together."""
+    if all(type(part) is Linear for part in parts):  # not where an adapter stands in
+        biased = parts[0].bias is not None
+        weight, bias = _adjacent([part.weight for part in parts]), _adjacent([part.bias for part in parts]) if biased else None
+        if weight is not None and (bias is not None or not biased):
+            return linear(x, weight, bias)
+    return torch.cat([part(x) for part in parts], dim=-1)
+
+
+def _adjacent(tensors: Sequence[Any]) -> Any:
+    """One tensor over contiguous ones that lie one after the other in one storage; None where they do not."""
+    first = tensors[0]
+    if torch.compiler.is_compiling():
+        return None
+    if isinstance(first, Quantised):
+        weight, scale = _adjacent([part.weight for part in tensors]), _adjacent([part.scale for part in tensors])
+        return None if weight is None or scale is None else Quantised(weight, scale, first.kind, first.group)
+    place, rows = first.data_ptr(), 0
+    for tensor in tensors:
+        if not tensor.is_contiguous() or tensor.data_ptr() != place or tensor.dtype != first.dtype:
+            return None
+        place, rows = place + tensor.numel() * tensor.element_size(), rows + tensor.shape[0]
+    if first.untyped_storage().data_ptr() != tensors[-1].untyped_storage().data_ptr():
+        return None
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Adjacent.apply(rows, *tensors)
+    return _over(first, rows)
+
+
+def _over(first: Tensor, rows: int) -> Tensor:
+    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+
+
+class _Adjacent(torch.autograd.Function):
+    """The view over all parts; its gradient is cut where the parts begin."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: int, *tensors: Tensor) -> Tensor:
+        ctx.rows = [tensor.shape[0] for tensor in tensors]
+        return _over(tensors[0], rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        return None, *grad.split(ctx.rows)

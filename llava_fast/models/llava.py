@@ -48,6 +48,16 @@ class Llava(nn.Module):
         self.lm_head = None if config.decoder.tied else nn.Linear(config.decoder.width, config.decoder.vocab_size, bias=False)
         self.image_newline = nn.Parameter(torch.empty(config.decoder.width)) if config.has_newline else None
 
+    def join(self) -> None:
+        """Put weights that share an input side by side in memory, so that they are multiplied at once; after loading or moving them."""
+        self.vision_tower.join()
+        self.language_model.join()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Llava:
+        super()._apply(fn, recurse)  # `.to()` and the like give every parameter a storage of its own
+        self.join()
+        return self
+
     @property
     def head_weight(self) -> Tensor:
         """[V, D]"""

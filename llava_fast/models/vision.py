@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from llava_fast.config import LlavaConfig, VisionConfig
 from llava_fast.kernels.activation import activation
-from llava_fast.models.layers import LayerNorm, Linear
+from llava_fast.kernels.varlen_attention import varlen_attention
+from llava_fast.models.layers import LayerNorm, Linear, join, joined_linear
 
 
 class PatchEmbedding(nn.Module):
@@ -55,20 +56,21 @@ class Attention(nn.Module):
         self.heads = config.heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(config.width, config.width) for _ in range(4))
 
-    def forward(self, x_NPE: Tensor) -> Tensor:
-        q, k, v = (proj(x_NPE).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+    def forward(self, x_TE: Tensor, cu_seqlens: Tensor) -> Tensor:
+        q, k, v = joined_linear(x_TE, (self.q_proj, self.k_proj, self.v_proj)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
+        return self.out_proj(varlen_attention(q, k, v, cu_seqlens, cu_seqlens, causal=False).flatten(-2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.act = activation(config.act)
+        self.act = config.act
+        activation(config.act)  # raises for one that is not known
         self.fc1 = Linear(config.width, config.mlp_width)
         self.fc2 = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return self.fc2(self.fc1(x, act=self.act))
 
 
 class Layer(nn.Module):
@@ -79,9 +81,14 @@ class Layer(nn.Module):
         self.layer_norm2 = LayerNorm(config.width, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_NPE: Tensor) -> Tensor:
-        x_NPE = x_NPE + self.self_attn(self.layer_norm1(x_NPE))
-        return x_NPE + self.mlp(self.layer_norm2(x_NPE))
+    def forward(self, x_TE: Tensor, residual_TE: Tensor | None, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+        """The state of the rows is x + residual, on both sides: the sum is made where the next norm reads it."""
+        if residual_TE is None:
+            normed, residual_TE = self.layer_norm1(x_TE), x_TE
+        else:
+            normed, residual_TE = self.layer_norm1.add(x_TE, residual_TE)
+        normed, residual_TE = self.layer_norm2.add(self.self_attn(normed, cu_seqlens), residual_TE)
+        return self.mlp(normed), residual_TE
 
 
 class Encoder(nn.Module):
@@ -104,15 +111,26 @@ class VisionTower(nn.Module):
             self.pre_layrnorm = LayerNorm(vision.width, vision.norm_eps)  # transformers' spelling
         self.encoder = Encoder(vision, config.executed_layers)
 
+    def join(self) -> None:
+        """Put the weights of q, k and v side by side."""
+        for layer in self.encoder.layers:
+            assert isinstance(layer, Layer)
+            join((layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))
+
     def forward(self, views: Tensor) -> Tensor:
         """views [N, 3, S, S], normalised -> features [N, P, E * number of selected layers]."""
         x_NPE = self.embeddings(views)
         if self.config.kind == "clip":
             x_NPE = self.pre_layrnorm(x_NPE)
-        states = {0: x_NPE} if 0 in self.selected else {}
+        N, P, _ = x_NPE.shape
+        cu_seqlens = torch.arange(0, (N + 1) * P, P, dtype=torch.int32, device=views.device)
+        x_TE: Tensor = x_NPE.flatten(0, 1)
+        residual_TE: Tensor | None = None
+        states = {0: x_TE} if 0 in self.selected else {}
         for i, layer in enumerate(self.encoder.layers, start=1):
-            x_NPE = layer(x_NPE)
+            x_TE, residual_TE = layer(x_TE, residual_TE, cu_seqlens)
             if i in self.selected:
-                states[i] = x_NPE
-        features = [states[i][:, 1:] if self.drop_class else states[i] for i in self.selected]
+                assert residual_TE is not None
+                states[i] = x_TE + residual_TE
+        features = [states[i].view(N, P, -1)[:, 1:] if self.drop_class else states[i].view(N, P, -1) for i in self.selected]
         return features[0] if len(features) == 1 else torch.cat(features, dim=-1)

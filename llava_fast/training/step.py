@@ -70,8 +70,7 @@ def prepare_parameters(model: nn.Module, config: TrainConfig, precision: str) ->
     if precision == "fp32":
         return Trained(working, dict(working))
     masters = {name: parameter.detach() for name, parameter in working.items()}  # keeps the fp32 storage; no second copy is made
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+    model.to(torch.bfloat16)
     for name, parameter in working.items():
         parameter.register_post_accumulate_grad_hook(_add_to(masters[name]))
     return Trained(working, masters)

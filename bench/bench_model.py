@@ -1,0 +1,140 @@
+"""The parts of a first answer on the 0.5b architecture, against transformers in fp32: the tower, a prefill, a token.
+
+The limit of the tower and of the prefill is the rate of fp32 multiply-adds; that of a token is the bandwidth at which memory is read:
+every weight of the decoder and the head once, and the keys and values of the context. Results are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlavaForConditionalGeneration
+
+from llava_fast import load
+from llava_fast.models.decoder import KVCache
+from llava_fast.models.llava import Llava
+
+CONTEXT = 1500
+
+
+@pytest.fixture(scope="module")
+def theirs(full_size: Path) -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(full_size, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module", params=["bf16", "int8", "int4"])
+def quantised(request: pytest.FixtureRequest, full_size: Path) -> tuple[str, Llava]:
+    return request.param, load(full_size, device="cpu", quantise=None if request.param == "bf16" else request.param)
+
+
+@pytest.fixture(scope="module")
+def ours(full_size: Path) -> Llava:
+    return load(full_size, device="cpu")
+
+
+def embeds(rows: int) -> Tensor:
+    return torch.randn(rows, 1024, generator=torch.Generator().manual_seed(0))
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def decoder_operations(model: Llava, rows: int) -> float:
+    """Multiply-adds count two: the layers' products for all rows, those of the last layer but k and v and the head for one row, and causal
+    attention."""
+    c = model.config.decoder
+    qkv, rest = (c.heads + 2 * c.kv_heads) * c.head_dim * c.width, c.heads * c.head_dim * c.width + 3 * c.mlp_width * c.width
+    last = 2 * c.kv_heads * c.head_dim * c.width
+    products = (c.layers - 1) * (qkv + rest) * rows + last * rows + c.vocab_size * c.width
+    return 2.0 * products + 2.0 * (c.layers - 1) * c.heads * c.head_dim * rows * rows
+
+
+def tower_operations(model: Llava, views: int) -> float:
+    v = model.config.vision
+    patches = v.grid**2
+    layer = 4 * v.width**2 + 2 * v.width * v.mlp_width
+    products = patches * (model.config.executed_layers * layer + 3 * v.patch_size**2 * v.width)
+    return views * (2.0 * products + 4.0 * model.config.executed_layers * patches**2 * v.width)
+
+
+@pytest.mark.parametrize("views", [1, 4])
+@torch.inference_mode()
+def test_vision_tower(views: int, ours: Llava, theirs: Any, paired: Any, limits: Any) -> None:
+    pixels = torch.rand(views, 3, 384, 384, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    tower = theirs.model.vision_tower
+
+    def reference() -> Tensor:
+        return tower(pixels, output_hidden_states=True).hidden_states[-1]
+
+    assert relative_error(ours.features(pixels), reference()) < 1e-4
+    paired(lambda: ours.features(pixels), reference, operations=tower_operations(ours, views), limit=limits("cpu").fma_fp32_gflops * 1e9)
+
+
+@torch.inference_mode()
+def test_prefill(ours: Llava, theirs: Any, paired: Any, limits: Any) -> None:
+    x = embeds(CONTEXT)
+    positions, bounds = torch.arange(CONTEXT), torch.tensor([0, CONTEXT], dtype=torch.int32)
+    cache = new_cache(ours, torch.float32, CONTEXT)
+    cache.slots = positions
+
+    def prefill() -> Tensor:
+        last = torch.tensor([CONTEXT - 1])
+        return ours.logits(ours.language_model(x, positions, bounds, needed_R=last, cache=cache))
+
+    def reference() -> Tensor:
+        return theirs(inputs_embeds=x[None], use_cache=True, logits_to_keep=1).logits[0]
+
+    assert relative_error(prefill(), reference()) < 1e-4
+    paired(prefill, reference, operations=decoder_operations(ours, CONTEXT), limit=limits("cpu").fma_fp32_gflops * 1e9)
+
+
+def new_cache(model: Llava, dtype: torch.dtype, used: int) -> KVCache:
+    c = model.config.decoder
+    generator = torch.Generator().manual_seed(2)
+    k, v = (torch.randn(c.layers, CONTEXT + 1, c.kv_heads, c.head_dim, generator=generator).to(dtype) for _ in range(2))
+    starts = torch.tensor([0, CONTEXT + 1], dtype=torch.int32)
+    return KVCache(k, v, starts, torch.tensor([used - 1]), torch.tensor([used], dtype=torch.int32))
+
+
+@torch.inference_mode()
+def test_decode(quantised: tuple[str, Llava], theirs: Any, paired: Any, limits: Any) -> None:
+    """One token at a context of 1,500. bf16: bf16 weights, fp32 keys and values, the fp32 answer; int8 and int4: bf16 keys and values."""
+    weights, model = quantised
+    cache = new_cache(model, torch.float32 if weights == "bf16" else torch.bfloat16, CONTEXT + 1)
+    past = DynamicCache()
+    for layer in range(model.config.decoder.layers):
+        k, v = (buffer[layer, :CONTEXT].float().transpose(0, 1)[None].contiguous() for buffer in (cache.k, cache.v))
+        past.update(k, v, layer)
+    token, position, bounds = torch.tensor([7]), torch.tensor([CONTEXT]), torch.tensor([0, 1], dtype=torch.int32)
+
+    def step() -> Tensor:
+        x = model.language_model.embed_tokens.weight[token].to(torch.float32)
+        return model.logits(model.language_model(x, position, bounds, cache=cache))
+
+    def reference() -> Tensor:
+        logits = theirs(input_ids=token[None], past_key_values=past, position_ids=position[None], use_cache=True).logits[0]
+        past.crop(CONTEXT)
+        return logits
+
+    error = relative_error(step(), reference())
+    assert error < {"bf16": 1e-4, "int8": 0.1, "int4": 0.7}[weights], error
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in decoder_weights(model))
+    kv_bytes = cache.k[:, :CONTEXT].numel() * 2 * cache.k.element_size()
+    paired(step, reference, bytes_read=weight_bytes + kv_bytes)
+
+
+def decoder_weights(model: Llava) -> list[Tensor]:
+    """What a token reads: the parameters of the decoder (the table of embeddings as the head only) and quantised copies."""
+    from llava_fast.kernels.linear import Quantised
+
+    found: list[Tensor] = [] if isinstance(model.head_weight, Quantised) else [model.head_weight]
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Quantised):
+                found += [value.weight, value.scale]
+    return found + [p for name, p in model.language_model.named_parameters() if name != "embed_tokens.weight"]
