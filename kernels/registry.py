@@ -164,13 +164,18 @@ def _files() -> set[str]:
     return {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")} - {"registry"}
 
 
-def _check(op: str, name: str) -> None:
+def implementations(op: str) -> tuple[str, ...]:
+    """The names of an op's implementations, the preferred one first. Raises ValueError for an op that does not exist."""
     known = _files()
     if op not in _ops and op in known:
         importlib.import_module(f"{__package__}.{op}")
     if op not in _ops and op not in known:
         raise ValueError(f"there is no op {op!r}: expected one of {', '.join(sorted(known | set(_ops)))}")
-    have = tuple(_ops.get(op, ("reference",)))
+    return tuple(_ops.get(op, ("reference",)))
+
+
+def _check(op: str, name: str) -> None:
+    have = implementations(op)
     if name not in have:
         raise ValueError(f"{op} has no implementation {name!r}: expected one of {', '.join(have)}")
 
