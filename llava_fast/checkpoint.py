@@ -26,10 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig
 
-from llava_fast import original
+from llava_fast import memory, original
 from llava_fast.config import LlavaConfig, from_hf
 from llava_fast.inputs.prepare import InputSpec
-from llava_fast.memory import keep_freed_memory
 from llava_fast.models.llava import Llava
 
 M = TypeVar("M", bound=Llava)
@@ -207,7 +206,7 @@ def load_into(
             carried[name] = tensor.clone()
             continue
         shape = (max(tensor.shape[0], grown.get(name, 0)), *tensor.shape[1:])
-        value = torch.empty(shape, dtype=dtype, device=device)
+        value = memory.empty(shape, dtype, device)
         value[: tensor.shape[0]].copy_(tensor)
         if shape[0] > tensor.shape[0]:  # new vocabulary rows: the mean row, which no logit prefers
             value[tensor.shape[0] :] = tensor.float().mean(0).to(dtype)
@@ -312,7 +311,7 @@ def load(
     """
     place, stored_as = as_device(device), _dtype(dtype)
     if place.type == "cpu":
-        keep_freed_memory()
+        memory.keep_freed_memory()
     with opened(path, vision_tower) as found:
         config, inputs_dir = found.config, found.inputs_dir
         with torch.device("meta"):

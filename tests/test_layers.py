@@ -34,7 +34,7 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_one_product_with_the_same_results_and_gradients(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, apart = make(bias), make(bias)
     before = [part.weight for part in parts]
-    join(parts)
+    join([parts])
     assert all(part.weight is old for part, old in zip(parts, before, strict=True))  # an optimiser still holds them
     made = products(monkeypatch)
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
@@ -58,7 +58,7 @@ def test_weights_that_lie_apart_give_the_same(monkeypatch: pytest.MonkeyPatch) -
     made = products(monkeypatch)
     torch.testing.assert_close(joined_linear(x, parts), torch.cat([part(x) for part in parts], -1))
     assert made == [4, 2, 3] * 2
-    join(parts)
+    join([parts])
     parts[1].weight.data = parts[1].weight.data.clone()  # moved away: nothing is read where it was
     parts[1].weight.data.zero_()
     assert joined_linear(x, parts)[:, 4:6].sub(parts[1].bias).abs().max() == 0
@@ -66,7 +66,7 @@ def test_weights_that_lie_apart_give_the_same(monkeypatch: pytest.MonkeyPatch) -
 
 def test_writing_to_a_part_is_seen() -> None:
     parts = make()
-    join(parts)
+    join([parts])
     x = torch.randn(2, 6, dtype=torch.float64)
     with torch.no_grad():
         parts[2].weight.mul_(3)
@@ -76,6 +76,18 @@ def test_writing_to_a_part_is_seen() -> None:
 def test_neighbours_in_other_storages_are_not_joined() -> None:
     first, second = (torch.randn(n, 6) for n in (4, 2))
     assert layers._adjacent([first, second]) is None
+
+
+def test_one_buffer_for_a_layer_and_no_second_move() -> None:
+    parts, other = make(), Linear(4, 5, dtype=torch.float32)
+    values = [part.weight.clone() for part in (*parts, other)]
+    for _ in range(2):
+        join([parts, (other,)])
+        places = [part.weight.data_ptr() for part in (*parts, other)]
+    join([parts, (other,)])
+    assert places == [part.weight.data_ptr() for part in (*parts, other)]
+    assert len({part.weight.untyped_storage().data_ptr() for part in (*parts, other)}) == 1
+    assert all(torch.equal(part.weight, value) for part, value in zip((*parts, other), values, strict=True))
 
 
 def test_quantised_parts_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from llava_fast import memory
 from llava_fast.batch import PackedBatch
 from llava_fast.engine.sampling import choose
 from llava_fast.models.decoder import KVCache
@@ -86,7 +87,7 @@ def _prefill(model: Llava, batch: PackedBatch, sequences: list[Sequence], embeds
     ends = torch.tensor([n + seq.max_new - 1 for n, seq in zip(lengths, sequences, strict=True)]).cumsum(0).tolist()
     first_rows = [0, *ends[:-1]]
     shape = (decoder.layers, ends[-1], decoder.kv_heads, decoder.head_dim)
-    k, v = (torch.empty(shape, dtype=model.compute_dtype, device=device) for _ in range(2))
+    k, v = (memory.empty(shape, model.compute_dtype, device) for _ in range(2))
 
     owner: dict[int, int] = {}
     for s, seq in enumerate(sequences):

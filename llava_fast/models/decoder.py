@@ -165,11 +165,12 @@ class Decoder(nn.Module):
         self._frequencies: dict[torch.device, tuple[Tensor, float]] = {}  # made at first use: on the meta device they would be nothing
 
     def join(self) -> None:
-        """Put the weights that share an input side by side: q, k and v; gate and up."""
+        """Put the weights of each layer into one buffer, those that share an input side by side: q, k and v; gate and up."""
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            join((layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))
-            join((layer.mlp.gate_proj, layer.mlp.up_proj))
+            attention, mlp = layer.self_attn, layer.mlp
+            qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+            join((qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)))
 
     def forward(
         self,

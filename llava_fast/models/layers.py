@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llava_fast import memory
 from llava_fast.kernels.linear import Quantised, linear
 from llava_fast.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+
+ALIGNED = 64  # bytes: a cache line
 
 
 class Linear(nn.Linear):
@@ -48,16 +51,28 @@ class RMSNorm(nn.Module):
         return add_rms_norm(x, residual, self.weight, self.eps)
 
 
-def join(parts: Sequence[nn.Linear]) -> None:
-    """Move the parameters of linears that share their input into one storage, one after the other: `joined_linear` then multiplies once.
+def join(groups: Sequence[Sequence[nn.Linear]]) -> None:
+    """Move the weights of one layer into one buffer; the linears of a group share their input and lie side by side.
 
-    They stay the parameters they were, under their names.
+    `joined_linear` then multiplies a group at once, and on a CPU the buffer has large pages. They stay the parameters they were, under
+    their names. Nothing is done where it was done before.
     """
-    for name in ("weight", "bias"):
-        tensors = [getattr(part, name) for part in parts]
-        if all(isinstance(tensor, Tensor) and not tensor.is_meta for tensor in tensors) and _adjacent(tensors) is None:
-            for tensor, piece in zip(tensors, torch.cat([t.data for t in tensors]).split([t.shape[0] for t in tensors]), strict=True):
-                tensor.data = piece
+    weights = [[part.weight for part in group] for group in groups]
+    flat = [weight for group in weights for weight in group]
+    if any(weight.is_meta for weight in flat):
+        return
+    if any(_adjacent(group) is None for group in weights) or len({weight.untyped_storage().data_ptr() for weight in flat}) > 1:
+        sizes = [-(-sum(weight.numel() * weight.element_size() for weight in group) // ALIGNED) * ALIGNED for group in weights]
+        buffer = memory.empty((sum(sizes),), torch.uint8, flat[0].device)
+        for place, group in zip(buffer.split(sizes), weights, strict=True):
+            for weight in group:
+                piece, place = place.tensor_split([weight.numel() * weight.element_size()])
+                weight.data = piece.view(weight.dtype).view(weight.shape).copy_(weight.data)
+    for group in groups:
+        biases = [part.bias for part in group]
+        if len(biases) > 1 and all(bias is not None for bias in biases) and _adjacent(biases) is None:
+            for bias, piece in zip(biases, torch.cat([b.data for b in biases]).split([b.shape[0] for b in biases]), strict=True):
+                bias.data = piece
 
 
 def joined_linear(x: Tensor, parts: Sequence[Linear]) -> Tensor:

@@ -112,10 +112,11 @@ class VisionTower(nn.Module):
         self.encoder = Encoder(vision, config.executed_layers)
 
     def join(self) -> None:
-        """Put the weights of q, k and v side by side."""
+        """Put the weights of each layer into one buffer, those of q, k and v side by side."""
         for layer in self.encoder.layers:
             assert isinstance(layer, Layer)
-            join((layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj))
+            attention, mlp = layer.self_attn, layer.mlp
+            join(((attention.q_proj, attention.k_proj, attention.v_proj), (attention.out_proj,), (mlp.fc1,), (mlp.fc2,)))
 
     def forward(self, views: Tensor) -> Tensor:
         """views [N, 3, S, S], normalised -> features [N, P, E * number of selected layers]."""
