@@ -225,11 +225,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _run(gate_up, "swiglu")
 
 
-def swiglu_pair(gate_TF: Tensor, up_TF: Tensor) -> Tensor:
-    """swiglu of two buffers, from torch's ops."""
-    return F.silu(gate_TF) * up_TF
-
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{kind: partial(_run, kind=kind) for kind in ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")},
     "linear": lambda x: x,
