@@ -294,7 +294,7 @@ def rope_into_cache(
 ) -> Tensor:  # fmt: skip
     """Returns rope(q) and writes rope(k) / k_scale and v / v_scale to rows `slots_T` of the caches, in the caches' dtype.
 
-    k_cache, v_cache [R, G, d] or [B, block, G, d], contiguous, fp32, bf16, fp16 or e4m3; slots int64 [T], each in 0 to R - 1 and there
+    k_cache, v_cache [R, G, d] or [B, block, G, d], contiguous, fp32, bf16, fp16, e4m3 or q's dtype; slots int64 [T], each in 0 to R - 1 and there
     once, or -1 for a row that is written nowhere; scales fp32 [G], both or none. Inference only: it mutates the caches. Raises ValueError
     for shapes and dtypes that do not fit and, on the CPU, for a slot outside the cache.
     """
@@ -304,7 +304,8 @@ def rope_into_cache(
     if v_TGd.shape != (T, G, d) or v_TGd.dtype != k_TGd.dtype:
         raise ValueError(f"v must be like k, {k_TGd.dtype} {[T, G, d]}, got {v_TGd.dtype} {list(v_TGd.shape)}")
     for cache in (k_cache, v_cache):
-        fits = cache.dim() in (3, 4) and cache.shape[-2:] == (G, d) and cache.dtype in CACHE_DTYPES and cache.is_contiguous()
+        fits = cache.dim() in (3, 4) and cache.shape[-2:] == (G, d) and cache.is_contiguous()
+        fits = fits and (cache.dtype in CACHE_DTYPES or cache.dtype == q_THd.dtype)
         if not fits or cache.shape != k_cache.shape or cache.dtype != k_cache.dtype:
             raise ValueError(
                 f"caches must be contiguous [rows, {G}, {d}] or [blocks, block, {G}, {d}] of one dtype, "

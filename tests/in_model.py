@@ -17,8 +17,6 @@ OPS = (
     "linear",
     "linear_cross_entropy",
     "norm",
-    "patchify",
-    "projector",
     "rope",
     "spatial_pool",
     "varlen_attention",
