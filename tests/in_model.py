@@ -17,6 +17,8 @@ OPS = (
     "linear",
     "linear_cross_entropy",
     "norm",
+    "patchify",
+    "projector",
     "rope",
     "spatial_pool",
     "varlen_attention",
