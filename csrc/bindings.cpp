@@ -11,6 +11,7 @@ namespace py = pybind11;
 using namespace llava_fast;
 
 namespace llava_fast {
+void bind_attention(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_rowwise(py::module_& m);
@@ -44,5 +45,6 @@ PYBIND11_MODULE(_cpu, m) {
                                   pointer<void>(grad_table), threads);
         },
         py::call_guard<py::gil_scoped_release>());
+    bind_attention(m);
     bind_linear(m);
 }

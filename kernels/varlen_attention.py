@@ -106,7 +106,7 @@ def varlen_attention_reference(
         mask, blind = None, None
         if causal and not whole and not (place is None and n == 1 and own):
             place = torch.arange(own - n, own, device=q.device) if place is None else place
-            mask = torch.arange(shared + own, device=q.device) <= place[:, None] + shared
+            mask = torch.arange(shared + own, device=q.device) < shared + (place[:, None] + 1).clamp(min=0)
             blind = ~mask[:, :1]  # these rows see nothing: they get a key, so that no gradient is NaN, and are zeroed afterwards
         attended = F.scaled_dot_product_attention(
             q.transpose(0, 1)[None],
@@ -196,7 +196,9 @@ def _backward_reference(
         place = torch.arange(own - n, own, device=q.device) if q_index is None else q_index[rows]
         scores = torch.einsum("iGhd,jGd->Ghij", q_TGhd[rows], k[keys].to(wide)) * scale
         if causal:
-            scores.masked_fill_(torch.arange(last - first + own, device=q.device) > place[:, None] + last - first, -torch.inf)
+            scores.masked_fill_(
+                torch.arange(last - first + own, device=q.device) >= last - first + (place[:, None] + 1).clamp(min=0), -torch.inf
+            )
         sums = scores.logsumexp(-1, keepdim=True)  # not lse: that is fp32
         P = (scores - sums.masked_fill(sums.isneginf(), torch.inf)).exp()
         delta = (grad_TGhd[rows] * out_TGhd[rows]).sum(-1).permute(1, 2, 0)[..., None]
@@ -207,8 +209,40 @@ def _backward_reference(
     return grad_q.view(T, H, d).to(q.dtype), grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 
+def _rows(module: Any, x: Tensor) -> Any:
+    return module.Rows(x.data_ptr(), getattr(module.DType, str(x.dtype).removeprefix("torch.")), x.stride(0), x.stride(1))
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    q_index: Tensor | None,
+    seqused_k: Tensor | None,
+    prefix: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    from llava_fast import _cpu
+
+    (T, H, d), (K, G, _) = q.shape, k.shape
+    out, lse = q.new_empty(T, H, d), q.new_empty(T, H, dtype=torch.float32)
+    rows = [_rows(_cpu, x) for x in (q, k, v, out)]
+    S, threads = cu_seqlens_q.shape[0] - 1, torch.get_num_threads()
+    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), _address(q_index), threads)
+    _cpu.attention_forward(task, cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), _address(seqused_k), _address(prefix))
+    return out, lse
+
+
 # Forward and backward of each implementation of ours. The reference is here for torch.compile; elsewhere autograd sees through it.
 _LAUNCHERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "cpu": (_forward_cpu, _backward_reference),
     "reference": (_forward_reference, _backward_reference),
     "triton": (_triton.forward, _triton.backward),
 }
@@ -281,14 +315,14 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tens
 
 _varlen_attention.register_autograd(_backward, setup_context=_setup_context)
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "varlen_attention",
     {
+        "cpu": Implementation(_forward_cpu, ("cpu",), _DTYPES, lambda case: case[0] <= 256, ("llava_fast._cpu",)),
         "reference": Implementation(varlen_attention_reference),
         # Compiled, and never run on hardware: by name only until it is measured.
-        "triton": Implementation(
-            _triton.forward, DEVICES, (torch.float32, torch.bfloat16, torch.float16), modules=("triton",), default=False
-        ),
+        "triton": Implementation(_triton.forward, DEVICES, _DTYPES, modules=("triton",), default=False),
     },
 )
 
@@ -343,7 +377,7 @@ def varlen_attention(
     cu_seqlens_k[s] : cu_seqlens_k[s+1], all of them or the first seqused_k[s] (int32 [S], for key rows reserved in a cache).
     q_index: int64 [T], the place of each query row among its sequence's own keys, for queries that are a subset of the rows;
     None: the queries are the last ones.  prefix: int32 [S, 2], key rows seen whole before the own keys (empty range: none).
-    causal: a query sees own keys up to its place.  scale: 1 / sqrt(d) where None.
+    causal: a query sees own keys up to its place (none where that is below 0).  scale: 1 / sqrt(d) where None.
     q, k and v may be views with a contiguous last dimension: slices of one fused product.
     A row that sees no key gives 0, and lse -inf. Differentiable in q, k and v; lse carries no gradient.
     Raises ValueError for shapes, dtypes, strides or devices that do not fit, on the CPU also for lengths that do not (a GPU does

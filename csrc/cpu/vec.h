@@ -48,6 +48,15 @@ static inline vec load(const f16* p) {
 static inline vec load(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
+// Through fp16, whose subnormals cost nothing: the exponent's bias is 15 there and 7 here.
+static inline vec load(const e4m3* p) {
+    const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x7f));
+    const __m256i nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f));
+    const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7f), x), 8);
+    const __m256i half = _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign), _mm256_srli_epi16(nan, 1));
+    return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256.0f));
+}
 static inline __mmask16 lanes(int64_t n) {
     return static_cast<__mmask16>((1u << n) - 1u);
 }
@@ -147,6 +156,14 @@ static inline vec load(const nibbles* p) {
     std::memcpy(&bytes, p, sizeof(bytes));
     const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(shifted, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
+}
+static inline vec load(const e4m3* p) {  // through fp16, whose subnormals cost nothing: the exponent's bias is 15 there and 7 here
+    const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i magnitude = _mm_and_si128(x, _mm_set1_epi16(0x7f));
+    const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
+    const __m128i sign = _mm_slli_epi16(_mm_andnot_si128(_mm_set1_epi16(0x7f), x), 8);
+    const __m128i half = _mm_or_si128(_mm_or_si128(_mm_slli_epi16(magnitude, 7), sign), _mm_srli_epi16(nan, 1));
+    return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(256.0f));
 }
 static inline __m256i lanes(int64_t n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -312,6 +329,11 @@ static inline vec load(const nibbles* p, int64_t n) {
 }
 
 #if defined(__AVX512F__)
+static inline vec load(const e4m3* p, int64_t n) {
+    e4m3 part[kWidth] = {};
+    std::memcpy(part, p, n);
+    return load(part);
+}
 static inline void transpose(vec (&r)[kWidth]) {
     vec t[kWidth];
 #pragma GCC unroll 16

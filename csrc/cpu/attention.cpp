@@ -1,0 +1,151 @@
+// Checks of lengths and ranges, the list of pieces, and the choice of instruction set.
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <new>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace llava_fast {
+
+namespace {
+
+constexpr std::align_val_t kAlign{64};
+
+struct Scratch {
+    float* data = nullptr;
+    int64_t size = 0;
+    ~Scratch() { ::operator delete(data, kAlign); }
+};
+
+void require(bool holds, const std::string& what) {
+    if (!holds) throw std::invalid_argument(what);
+}
+
+void check_bounds(const char* name, const int32_t* bounds, int64_t S, int64_t rows, bool whole) {
+    for (int64_t s = 0; s < S; ++s) {
+        if (bounds[s + 1] < bounds[s]) {
+            require(false, std::string(name) + " must not decrease, got " + std::to_string(bounds[s]) + " before " +
+                               std::to_string(bounds[s + 1]));
+        }
+    }
+    const bool fits = bounds[0] >= 0 && bounds[S] <= rows && (!whole || (bounds[0] == 0 && bounds[S] == rows));
+    if (!fits) {
+        require(false, std::string(name) + " must go from 0 to the number of rows, " + std::to_string(rows) + ", got " +
+                           std::to_string(bounds[0]) + " to " + std::to_string(bounds[S]));
+    }
+}
+
+std::vector<Sequence> make_sequences(const AttentionTask& task, const AttentionIndex& index) {
+    check_bounds("cu_seqlens_q", index.cu_q, task.S, task.T, true);
+    if (index.block_table == nullptr) check_bounds("cu_seqlens_k", index.cu_k, task.S, task.K, index.used == nullptr);
+    std::vector<Sequence> sequences(task.S);
+    for (int64_t s = 0; s < task.S; ++s) {
+        Sequence& seq = sequences[s];
+        seq.q_start = index.cu_q[s];
+        seq.n_q = index.cu_q[s + 1] - index.cu_q[s];
+        if (index.prefix != nullptr) {
+            const int64_t first = index.prefix[2 * s], last = index.prefix[2 * s + 1];
+            if (first < 0 || last < first || last > task.K) {
+                require(false, "prefix[" + std::to_string(s) + "] must be a range of the " + std::to_string(task.K) + " key rows, got " +
+                                   std::to_string(first) + " to " + std::to_string(last));
+            }
+            seq.prefix = first;
+            seq.shared = last - first;
+        }
+        int64_t reserved;
+        if (index.block_table != nullptr) {
+            seq.table = index.block_table + s * index.blocks;
+            reserved = index.blocks * task.block;
+        } else {
+            seq.start = index.cu_k[s];
+            reserved = index.cu_k[s + 1] - index.cu_k[s];
+        }
+        seq.own = index.used == nullptr ? reserved : index.used[s];
+        if (seq.own < 0 || seq.own > reserved) {
+            require(false, (seq.table == nullptr ? "seqused_k[" : "seqlens_k[") + std::to_string(s) + "] must be 0 to " +
+                               std::to_string(reserved) + ", the rows of the sequence, got " + std::to_string(seq.own));
+        }
+        for (int64_t b = 0; seq.table != nullptr && b * task.block < seq.own; ++b) {
+            if (seq.table[b] < 0 || seq.table[b] >= index.cache_blocks) {
+                require(false, "block_table[" + std::to_string(s) + ", " + std::to_string(b) + "] is " + std::to_string(seq.table[b]) +
+                                   ", expected a block of the cache, 0 to " + std::to_string(index.cache_blocks - 1));
+            }
+        }
+    }
+    return sequences;
+}
+
+// Waking threads costs some 10 us, the time one core takes for about two million multiply-adds or 100 KB.
+int useful_threads(double work, int threads) {
+    return static_cast<int>(std::clamp<double>(work / 2e6, 1, std::max(threads, 1)));
+}
+
+}  // namespace
+
+float* attention_scratch(int64_t floats) {
+    static thread_local Scratch scratch;
+    if (scratch.size < floats) {
+        ::operator delete(scratch.data, kAlign);
+        scratch.data = nullptr;
+        scratch.size = 0;
+        scratch.data = static_cast<float*>(::operator new(floats * sizeof(float), kAlign));
+        scratch.size = floats;
+    }
+    return scratch.data;
+}
+
+void attention_forward(AttentionTask task, const AttentionIndex& index) {
+    const std::vector<Sequence> sequences = make_sequences(task, index);
+    const int64_t R = task.H / task.G;
+    std::vector<Piece> pieces;
+    std::vector<int64_t> few, few_partial{0};
+    double work = 0;
+    int64_t lanes = 0;
+    for (const Sequence& seq : sequences) lanes += seq.n_q * R > kFewLanes ? seq.n_q * R * task.G : 0;
+    // A quarter of a thread's share at most, so that threads end together.
+    const int64_t most = std::clamp<int64_t>(lanes / (4 * std::max(task.threads, 1)) / 48 * 48, 48, kMaxLanes);
+    for (int64_t s = 0; s < task.S; ++s) {
+        const Sequence& seq = sequences[s];
+        const int64_t n = seq.n_q * R;
+        if (n == 0) continue;
+        if (n <= kFewLanes) {
+            few.push_back(s);
+            int64_t place = few_partial.back();
+            for (int64_t j = 0; j < seq.keys(); j += kChunk) {
+                const int64_t last = std::min(j + kChunk, seq.keys());
+                // Reading is what costs: as much as 16 lanes' arithmetic.
+                pieces.push_back({s, -1, j, last, place, static_cast<double>((last - j) * task.G * std::max<int64_t>(n, 16))});
+                place += task.G * n;
+            }
+            few_partial.push_back(place);
+        } else {
+            const int64_t count = (n + most - 1) / most, size = ((n + count - 1) / count + 47) / 48 * 48;
+            for (int64_t first = 0; first < n; first += size) {
+                const int64_t last = std::min(first + size, n);
+                int64_t keys = seq.keys();
+                if (task.causal && task.q_index == nullptr) keys = std::clamp<int64_t>(keys - seq.n_q + last / R, 0, keys);
+                for (int64_t g = 0; g < task.G; ++g)
+                    pieces.push_back({s, g, first, last, 0, static_cast<double>((last - first) * (keys + 16))});
+            }
+        }
+    }
+    for (const Piece& piece : pieces) work += 2.0 * piece.cost * static_cast<double>(task.d);
+    std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
+    std::vector<float> partial(few_partial.back() * partial_size(task.d));
+    task.sequences = sequences.data();
+    task.pieces = pieces.data();
+    task.piece_count = static_cast<int64_t>(pieces.size());
+    task.few = few.data();
+    task.few_partial = few_partial.data();
+    task.few_count = static_cast<int64_t>(few.size());
+    task.partial = partial.data();
+    task.threads = useful_threads(work, task.threads);
+    LLAVA_FAST_CHOOSE(attention_forward)(task);
+}
+
+}  // namespace llava_fast

@@ -1,0 +1,94 @@
+// Attention of packed rows against contiguous or paged keys; see kernels/varlen_attention.py for the formula.
+//
+// Letters: T query rows, K key rows, S sequences, H heads, G key-value heads, R = H / G, d head dim. A lane is one query row of one
+// head: sequence s has n_q * R lanes for each key-value head. The keys of a sequence are numbered from 0: its prefix, then its own;
+// lane i sees those below its limit.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace llava_fast {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kChunk = 64;      // keys a thread takes at a time where there are few lanes
+constexpr int64_t kFewLanes = 8;    // up to here keys are read row by row and not in tiles
+constexpr int64_t kMaxLanes = 240;  // of a piece: 5 blocks with AVX-512, 10 with AVX2
+
+// A [rows, heads, d] array; strides in elements, the last dimension is contiguous.
+struct Rows {
+    void* data;
+    DType type;
+    int64_t row, head;
+};
+
+struct Sequence {
+    int64_t q_start, n_q;    // its query rows
+    int64_t prefix, shared;  // the first row of its prefix, and how many
+    int64_t start, own;      // its own key rows; with a block table only `own` is used
+    const int32_t* table;    // its row of the block table, or null
+    int64_t keys() const { return shared + own; }
+};
+
+// A piece of work of the forward pass: lanes [first, last) of key-value head g, or, where g < 0, keys [first, last) for all heads.
+struct Piece {
+    int64_t sequence, g, first, last;
+    int64_t partial;  // where g < 0: its place in the list of partial results
+    double cost;
+};
+
+struct AttentionTask {
+    int64_t T, K, S, H, G, d;
+    bool causal;
+    float scale;
+    Rows q, k, v, out;
+    float* lse;                      // [T, H] or null
+    const int64_t* q_index;          // [T] or null
+    int64_t block;                   // rows of a block of the cache
+    const float *k_scale, *v_scale;  // [G] or null
+    int threads;
+    // filled in by attention.cpp
+    const Sequence* sequences;
+    const Piece* pieces;
+    int64_t piece_count;
+    const int64_t* few;          // sequences of few lanes, and where their partial results begin; both null without any
+    const int64_t* few_partial;  // [few_count + 1]
+    int64_t few_count;
+    float* partial;
+    // backward
+    Rows grad_out, grad_q, grad_k, grad_v;
+    const int64_t* family;        // sequences, those that share key rows next to each other, ascending within a family
+    const int64_t* family_start;  // [family_count + 1]
+    const int64_t* family_rows;   // [family_count, 2] the key rows of each
+    int64_t family_count;
+};
+
+struct AttentionIndex {
+    const int32_t *cu_q, *cu_k, *used, *prefix;  // cu_k null where there is a block table; used is then the lengths
+    const int32_t* block_table;                  // [S, blocks] or null
+    int64_t blocks, cache_blocks;
+};
+
+// Floats of a partial result: the largest score, the sum, and d rounded up to whole registers.
+inline int64_t partial_size(int64_t d) {
+    return 2 + (d + 15) / 16 * 16;
+}
+
+void attention_forward_portable(const AttentionTask& task);
+void attention_backward_portable(const AttentionTask& task);
+#if defined(__x86_64__)
+void attention_forward_avx2(const AttentionTask& task);
+void attention_backward_avx2(const AttentionTask& task);
+void attention_forward_avx512(const AttentionTask& task);
+void attention_backward_avx512(const AttentionTask& task);
+#endif
+
+// Both throw std::invalid_argument for lengths, ranges or blocks that do not fit.
+void attention_forward(AttentionTask task, const AttentionIndex& index);
+void attention_backward(AttentionTask task, const AttentionIndex& index);
+
+// Memory of the calling thread, aligned to 64 bytes, kept between calls.
+float* attention_scratch(int64_t floats);
+
+}  // namespace llava_fast

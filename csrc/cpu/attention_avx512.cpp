@@ -1,0 +1,2 @@
+#define ISA avx512
+#include "cpu/attention_kernels.h"

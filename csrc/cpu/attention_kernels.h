@@ -1,0 +1,306 @@
+// The forward pass of attention, compiled once per instruction set.
+//
+// Many lanes (prefill, training, the vision tower): a piece is a block of lanes of one key-value head; keys come in tiles, with a
+// running maximum and sum. Few lanes (decode): the op reads keys and values once and little else, so a piece is a range of keys, all
+// heads of it: rows are read in the order in which they lie in memory. A second pass joins the ranges.
+#pragma once
+
+#include "cpu/attention_tile.h"
+
+namespace llava_fast {
+namespace ISA {
+
+// The state of up to kLanes lanes between tiles.
+struct Block {
+    int64_t first, n;         // its lanes
+    int columns;              // registers
+    int64_t lowest, highest;  // limits
+    float *query, *sum;       // [d, columns * kWidth] and, up to kRows, the same
+    float *largest, *total, *limit;
+};
+
+template <int N>
+static void forward_tile(const Block& block, const float* keys, const float* values, int64_t first_key, int64_t n, int64_t d,
+                         float* scores) {
+    dots<N>(keys, block.query, n, d, scores);
+    if (block.lowest < first_key + n) hide<N>(scores, first_key, n, block.limit);
+    vec top[N], factor[N], total[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) top[i] = load(block.largest + i * kWidth);
+    for (int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) top[i] = max(top[i], load(scores + (j * N + i) * kWidth));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+        factor[i] = exp2_negative(load(block.largest + i * kWidth) - top[i]);
+        total[i] = load(block.total + i * kWidth) * factor[i];
+        store(block.largest + i * kWidth, top[i]);
+    }
+    for (int64_t j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+        for (int i = 0; i < N; ++i) {
+            const vec p = exp2_negative(load(scores + (j * N + i) * kWidth) - top[i]);
+            total[i] = total[i] + p;
+            store(scores + (j * N + i) * kWidth, p);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) store(block.total + i * kWidth, total[i]);
+    weigh<N>(values, scores, n, d, factor, block.sum);
+}
+
+static void forward_lanes(const AttentionTask& task, const Piece& piece) {
+    const Sequence& seq = task.sequences[piece.sequence];
+    const int64_t d = task.d, columns = up(d, kRows), R = task.H / task.G, g = piece.g;
+    const int64_t count = (piece.last - piece.first + kLanes - 1) / kLanes;
+    const int64_t state = kLanes * (2 * columns + 3);
+    float* scratch = attention_scratch(kTile * (2 * kStride + kLanes) + count * state);
+    float *keys = scratch, *values = keys + kTile * kStride, *scores = values + kTile * kStride, *states = scores + kTile * kLanes;
+    Block blocks[kMaxLanes / kLanes];
+    int64_t highest = 0;
+    for (int64_t b = 0; b < count; ++b) {
+        Block& block = blocks[b];
+        block.first = piece.first + b * kLanes;
+        block.n = least(kLanes, piece.last - block.first);
+        block.columns = static_cast<int>((block.n + kWidth - 1) / kWidth);
+        const int64_t width = block.columns * kWidth;
+        block.query = states + b * state;
+        block.sum = block.query + kLanes * columns;
+        block.largest = block.sum + kLanes * columns;
+        block.total = block.largest + kLanes;
+        block.limit = block.total + kLanes;
+        gather(task, seq, task.q, g, block.first, block.n, task.scale * kLog2e, block.query, width);
+        for (int64_t i = 0; i < columns * width; ++i) block.sum[i] = 0.0f;
+        block.lowest = seq.keys();
+        block.highest = 0;
+        for (int64_t i = 0; i < width; ++i) {
+            const int64_t limit = limit_of(task, seq, (block.first + least(i, block.n - 1)) / R);
+            block.limit[i] = static_cast<float>(limit);
+            block.lowest = least(block.lowest, limit);
+            block.highest = most(block.highest, limit);
+            block.largest[i] = -1e30f;  // above what hide() leaves: a lane that sees nothing has a sum of zero
+            block.total[i] = 0.0f;
+        }
+        highest = most(highest, block.highest);
+    }
+    for (int64_t j = 0; j < highest; j += kTile) {
+        const int64_t n = least(kTile, highest - j);
+        copy(task, seq, task.k, task.k_scale, g, j, n, keys);
+        copy(task, seq, task.v, task.v_scale, g, j, n, values);
+        for (int64_t b = 0; b < count; ++b) {
+            const int64_t seen = least(n, blocks[b].highest - j);
+            if (seen <= 0) continue;
+            switch (blocks[b].columns) {
+                case 1:
+                    forward_tile<1>(blocks[b], keys, values, j, seen, d, scores);
+                    break;
+                case 2:
+                    forward_tile<2>(blocks[b], keys, values, j, seen, d, scores);
+                    break;
+                default:
+                    forward_tile<3>(blocks[b], keys, values, j, seen, d, scores);
+            }
+        }
+    }
+    for (int64_t b = 0; b < count; ++b) {
+        Block& block = blocks[b];
+        for (int64_t i = 0; i < block.n; ++i) {
+            const float total = block.total[i];
+            if (task.lse != nullptr) {
+                float* lse = task.lse + (seq.q_start + (block.first + i) / R) * task.H + g * R + (block.first + i) % R;
+                *lse = total == 0.0f ? -__builtin_inff() : (block.largest[i] + __builtin_log2f(total)) * kLn2;
+            }
+            block.total[i] = total == 0.0f ? 0.0f : 1.0f / total;
+        }
+        scatter(task, seq, task.out, g, block.first, block.n, block.total, block.sum, block.columns * kWidth);
+    }
+}
+
+// Lane k of the result is the product of row k with q.
+template <typename T>
+static inline vec dot_rows(const T* const* rows, const float* q, int64_t d) {
+    vec sum[kWidth];
+#pragma GCC unroll 16
+    for (int k = 0; k < kWidth; ++k) sum[k] = splat(0.0f);
+    const int64_t whole = d / kWidth * kWidth;
+    for (int64_t c = 0; c < whole; c += kWidth) {
+        const vec x = load(q + c);
+#pragma GCC unroll 16
+        for (int k = 0; k < kWidth; ++k) sum[k] = fma(x, load(rows[k] + c), sum[k]);
+    }
+    if (whole < d) {
+        const vec x = load(q + whole);
+#pragma GCC unroll 16
+        for (int k = 0; k < kWidth; ++k) sum[k] = fma(x, load(rows[k] + whole, d - whole), sum[k]);
+    }
+    transpose(sum);
+#pragma GCC unroll 4
+    for (int step = kWidth / 2; step > 0; step /= 2) {
+#pragma GCC unroll 8
+        for (int k = 0; k < step; ++k) sum[k] = sum[k] + sum[k + step];
+    }
+    return sum[0];
+}
+
+// to[c] += sum_k weight[k] * rows[k][c] for columns [c, c + U * kWidth), the last of which may be cut off by d.
+template <int U, typename T>
+static inline void add_columns(const T* const* rows, const float* weight, int64_t n, int64_t c, int64_t d, float* to) {
+    vec sum[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) sum[u] = load(to + c + u * kWidth);
+    const int64_t left = d - c - (U - 1) * kWidth;
+    for (int64_t k = 0; k < n; ++k) {
+        const vec w = splat(weight[k]);
+#pragma GCC unroll 4
+        for (int u = 0; u < U; ++u) {
+            const T* from = rows[k] + c + u * kWidth;
+            sum[u] = fma(w, u == U - 1 && left < kWidth ? load(from, left) : load(from), sum[u]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) store(to + c + u * kWidth, sum[u]);
+}
+
+template <typename T>
+static inline void add_rows(const T* const* rows, const float* weight, int64_t n, int64_t d, float* to) {
+    int64_t c = 0;
+    for (; c + 3 * kWidth < d; c += 4 * kWidth) add_columns<4>(rows, weight, n, c, d, to);
+    for (; c < d; c += kWidth) add_columns<1>(rows, weight, n, c, d, to);
+}
+
+// Rows of kWidth keys of head g; where several lanes read them they are widened once.
+template <typename T, typename F>
+static inline void with_rows(const T* const* rows, int64_t head, int64_t d, int64_t lanes, float* wide, F&& use) {
+    const T* from[kWidth];
+    for (int k = 0; k < kWidth; ++k) from[k] = rows[k] + head;
+    if (lanes == 1 || sizeof(T) == sizeof(float)) {
+        use(from);
+        return;
+    }
+    const float* widened[kWidth];
+    for (int k = 0; k < kWidth; ++k) {
+        float* to = wide + k * kStride;
+        widened[k] = to;
+        const int64_t whole = d / kWidth * kWidth;
+        for (int64_t c = 0; c < whole; c += kWidth) store(to + c, load(from[k] + c));
+        if (whole < d) store(to + whole, load(from[k] + whole, d - whole));
+    }
+    use(widened);
+}
+
+template <typename E>
+static void forward_keys(const AttentionTask& task, const Piece& piece) {
+    const Sequence& seq = task.sequences[piece.sequence];
+    const int64_t d = task.d, G = task.G, R = task.H / G, lanes = seq.n_q * R, size = partial_size(d), n = piece.last - piece.first;
+    float* scratch = attention_scratch(G * lanes * (size + kChunk) + kWidth * kStride);
+    float *queries = scratch, *scores = queries + G * lanes * size, *wide = scores + G * lanes * kChunk;
+    float* partial = task.partial + piece.partial * size;
+    for (int64_t g = 0; g < G; ++g) {
+        const float factor = task.scale * kLog2e * (task.k_scale == nullptr ? 1.0f : task.k_scale[g]);
+        for (int64_t l = 0; l < lanes; ++l) {
+            float* to = queries + (g * lanes + l) * size;
+            for (int64_t c = 0; c < size; ++c) to[c] = partial[(g * lanes + l) * size + c] = 0.0f;
+            LLAVA_FAST_BY_TYPE(
+                task.q.type, for (int64_t c = 0; c < d; ++c) { to[c] = factor * widen(lane_row<T>(task, seq, task.q, g, l)[c]); })
+        }
+    }
+    int64_t limit[kFewLanes];
+    for (int64_t l = 0; l < lanes; ++l) limit[l] = limit_of(task, seq, l / R) - piece.first;
+    const E* rows[kWidth];
+    for (int64_t j = 0; j < n; j += kWidth) {
+        for (int64_t k = 0; k < kWidth; ++k) {
+            rows[k] = static_cast<const E*>(task.k.data) + key_row(task, seq, piece.first + least(j + k, n - 1)) * task.k.row;
+        }
+        for (int64_t g = 0; g < G; ++g) {
+            with_rows(rows, g * task.k.head, d, lanes, wide, [&](auto from) {
+                for (int64_t l = 0; l < lanes; ++l) {
+                    float* to = scores + (g * lanes + l) * kChunk + j;
+                    store(to, dot_rows(from, queries + (g * lanes + l) * size, d));
+                    for (int64_t k = most(0, least(limit[l], n) - j); k < kWidth; ++k) to[k] = -3e38f;
+                }
+            });
+        }
+    }
+    for (int64_t i = 0; i < G * lanes; ++i) {
+        vec top = splat(-1e30f), total = splat(0.0f);
+        for (int64_t j = 0; j < n; j += kWidth) top = max(top, load(scores + i * kChunk + j));
+        top = splat(largest(top));
+        for (int64_t j = 0; j < n; j += kWidth) {
+            const vec p = exp2_negative(load(scores + i * kChunk + j) - top);
+            total = total + p;
+            store(scores + i * kChunk + j, p);
+        }
+        float part[kWidth];
+        store(part, top);
+        partial[i * size] = part[0];
+        partial[i * size + 1] = sum(total);
+    }
+    for (int64_t j = 0; j < n; j += kWidth) {
+        const int64_t count = least(kWidth, n - j);
+        for (int64_t k = 0; k < kWidth; ++k) {
+            rows[k] = static_cast<const E*>(task.v.data) + key_row(task, seq, piece.first + least(j + k, n - 1)) * task.v.row;
+        }
+        for (int64_t g = 0; g < G; ++g) {
+            with_rows(rows, g * task.v.head, d, lanes, wide, [&](auto from) {
+                for (int64_t l = 0; l < lanes; ++l) {
+                    const int64_t i = g * lanes + l;
+                    add_rows(from, scores + i * kChunk + j, count, d, partial + i * size + 2);
+                }
+            });
+        }
+    }
+}
+
+// The partial results of one sequence and key-value head become its rows of the output.
+static void join(const AttentionTask& task, int64_t few, int64_t g) {
+    const Sequence& seq = task.sequences[task.few[few]];
+    const int64_t d = task.d, R = task.H / task.G, lanes = seq.n_q * R, size = partial_size(d);
+    const int64_t parts = (task.few_partial[few + 1] - task.few_partial[few]) / (task.G * lanes);
+    const float scale = task.v_scale == nullptr ? 1.0f : task.v_scale[g];
+    float* out = attention_scratch(size);
+    for (int64_t l = 0; l < lanes; ++l) {
+        const float* first = task.partial + (task.few_partial[few] + g * lanes + l) * size;
+        const int64_t step = task.G * lanes * size;
+        float top = -1e30f, total = 0.0f;
+        for (int64_t p = 0; p < parts; ++p) top = first[p * step] > top ? first[p * step] : top;
+        for (int64_t c = 0; c < size; ++c) out[c] = 0.0f;
+        for (int64_t p = 0; p < parts; ++p) {
+            float factor[kWidth];
+            store(factor, exp2_negative(splat(first[p * step] - top)));
+            total += factor[0] * first[p * step + 1];
+            for (int64_t c = 0; c < d; ++c) out[c] += factor[0] * first[p * step + 2 + c];
+        }
+        const float inverse = total == 0.0f ? 0.0f : scale / total;
+        LLAVA_FAST_BY_TYPE(task.out.type, T* to = const_cast<T*>(lane_row<T>(task, seq, task.out, g, l));
+                           for (int64_t c = 0; c < d; ++c) narrow(out[c] * inverse, to + c);)
+        if (task.lse != nullptr) {
+            const float lse = total == 0.0f ? -__builtin_inff() : (top + __builtin_log2f(total)) * kLn2;
+            task.lse[(seq.q_start + l / R) * task.H + g * R + l % R] = lse;
+        }
+    }
+}
+
+static void run_piece(const AttentionTask& task, const Piece& piece) {
+    if (piece.g >= 0) {
+        forward_lanes(task, piece);
+    } else if (task.k.type == DType::e4m3) {
+        forward_keys<e4m3>(task, piece);
+    } else {
+        LLAVA_FAST_BY_TYPE(task.k.type, forward_keys<T>(task, piece))
+    }
+}
+
+}  // namespace ISA
+
+void LLAVA_FAST_JOIN(attention_forward_, ISA)(const AttentionTask& task) {
+#pragma omp parallel num_threads(task.threads) if (task.threads > 1)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < task.piece_count; ++i) ISA::run_piece(task, task.pieces[i]);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < task.few_count * task.G; ++i) ISA::join(task, i / task.G, i % task.G);
+    }
+}
+
+}  // namespace llava_fast
