@@ -64,8 +64,8 @@ def join(groups: Sequence[Sequence[nn.Linear]]) -> None:
     if any(_adjacent(group) is None for group in weights) or len({weight.untyped_storage().data_ptr() for weight in flat}) > 1:
         sizes = [-(-sum(weight.numel() * weight.element_size() for weight in group) // ALIGNED) * ALIGNED for group in weights]
         buffer = memory.empty((sum(sizes),), torch.uint8, flat[0].device)
-        for place, group in zip(buffer.split(sizes), weights, strict=True):
-            for weight in group:
+        for place, parts in zip(buffer.split(sizes), weights, strict=True):
+            for weight in parts:
                 piece, place = place.tensor_split([weight.numel() * weight.element_size()])
                 weight.data = piece.view(weight.dtype).view(weight.shape).copy_(weight.data)
     for group in groups:

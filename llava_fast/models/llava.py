@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from llava_fast.batch import PackedBatch
 from llava_fast.config import LlavaConfig
-from llava_fast.inputs.images import normalise
 from llava_fast.kernels.linear import linear
 from llava_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from llava_fast.models.decoder import Decoder, KVCache
@@ -82,13 +81,12 @@ class Llava(nn.Module):
         size = self.config.vision.image_size
         if tuple(views.shape[1:]) != (3, size, size):
             raise ValueError(f"views must be [N, 3, {size}, {size}], got {list(views.shape)}")
-        if views.dtype == torch.uint8:
-            views = normalise(views, self.image_mean, self.image_std, self.image_rescale)
-        views = views.to(self.compute_dtype)
+        views = views if views.dtype == torch.uint8 else views.to(self.compute_dtype)
+        options = ((self.image_mean, self.image_std, self.image_rescale), self.compute_dtype)
         if torch.is_grad_enabled() and (views.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())):
-            return self.vision_tower(views)
+            return self.vision_tower(views, *options)
         with torch.no_grad():  # a frozen tower in training too: nothing of it is kept for a backward pass
-            return torch.cat([self.vision_tower(chunk) for chunk in views.split(VIEWS_A_PASS)])
+            return torch.cat([self.vision_tower(chunk, *options) for chunk in views.split(VIEWS_A_PASS)])
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """The packed embedding buffer [T, D]: text rows looked up, visual rows written by the projector."""

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from llava_fast.config import LlavaConfig, VisionConfig
 from llava_fast.kernels.activation import activation
+from llava_fast.kernels.linear import linear
+from llava_fast.kernels.patchify import patchify
 from llava_fast.kernels.varlen_attention import varlen_attention
 from llava_fast.models.layers import LayerNorm, Linear, join, joined_linear
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...], float]  # mean, std and factor of uint8 views
 
 
 class PatchEmbedding(nn.Module):
@@ -25,14 +29,12 @@ class PatchEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.width, 3, p, p))
         self.bias = nn.Parameter(torch.empty(config.width)) if config.kind == "siglip" else None
 
-    def forward(self, views: Tensor) -> Tensor:
+    def forward(self, views: Tensor, normalisation: Normalisation, dtype: torch.dtype) -> Tensor:
         """views [N, 3, S, S] -> [N, grid^2, E]; the S % p rows and columns left over are not read (384 = 27 * 14 + 6)."""
         width, _, p, _ = self.weight.shape
-        N, _, S, _ = views.shape
-        grid = S // p
-        patches = views[:, :, : grid * p, : grid * p].reshape(N, 3, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5)
-        weight = self.weight.reshape(width, -1).to(views.dtype)
-        return F.linear(patches.reshape(N, grid * grid, -1), weight, None if self.bias is None else self.bias.to(views.dtype))
+        patches_NPK = patchify(views, p, *normalisation, dtype=dtype)
+        weight = self.weight.reshape(width, -1)
+        return linear(patches_NPK, F.pad(weight, (0, patches_NPK.shape[-1] - weight.shape[1])), self.bias)
 
 
 class Embeddings(nn.Module):
@@ -43,8 +45,8 @@ class Embeddings(nn.Module):
         self.patch_embedding = PatchEmbedding(config)
         self.position_embedding = nn.Embedding(config.positions, config.width)
 
-    def forward(self, views: Tensor) -> Tensor:
-        x_NPE = self.patch_embedding(views)
+    def forward(self, views: Tensor, normalisation: Normalisation, dtype: torch.dtype) -> Tensor:
+        x_NPE = self.patch_embedding(views, normalisation, dtype)
         if hasattr(self, "class_embedding"):
             x_NPE = torch.cat([self.class_embedding.to(x_NPE.dtype).expand(x_NPE.shape[0], 1, -1), x_NPE], dim=1)
         return x_NPE + self.position_embedding.weight.to(x_NPE.dtype)
@@ -118,9 +120,9 @@ class VisionTower(nn.Module):
             attention, mlp = layer.self_attn, layer.mlp
             join(((attention.q_proj, attention.k_proj, attention.v_proj), (attention.out_proj,), (mlp.fc1,), (mlp.fc2,)))
 
-    def forward(self, views: Tensor) -> Tensor:
-        """views [N, 3, S, S], normalised -> features [N, P, E * number of selected layers]."""
-        x_NPE = self.embeddings(views)
+    def forward(self, views: Tensor, normalisation: Normalisation, dtype: torch.dtype) -> Tensor:
+        """views [N, 3, S, S], uint8 or already normalised -> features [N, P, E * number of selected layers] in `dtype`."""
+        x_NPE = self.embeddings(views, normalisation, dtype)
         if self.config.kind == "clip":
             x_NPE = self.pre_layrnorm(x_NPE)
         N, P, _ = x_NPE.shape
