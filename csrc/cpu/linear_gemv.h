@@ -15,7 +15,7 @@ constexpr int64_t kFewRows = 16;
 constexpr int64_t kSegments = 4;
 constexpr int64_t kPiece = 16;  // outputs of a segment between two epilogues
 constexpr int64_t kPieces = kSegments * kPiece;
-constexpr int64_t kAhead = 1024;                     // bytes; 512 to 2048 are alike, 4096 is 10 % slower
+constexpr int64_t kAhead = 1024;                   // bytes; 512 to 2048 are alike, 4096 is 10 % slower
 constexpr int kRowsX = sizeof(vec) == 64 ? 8 : 4;  // with 16 registers a tile of 2 x 4 is what fits
 
 // y[n * kPieces + r * kPiece] = W[o + r * apart] . x[n] for R rows of W and N of x. Four streams are prefetched by `fetch`.
