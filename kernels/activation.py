@@ -29,13 +29,24 @@ from llava_fast.kernels.registry import Implementation
 
 
 @jit
-def _sigmoid_input(x, KIND: tl.constexpr):
-    """u(x) and u'(x) of x sigmoid(u(x))."""
+def _inner(x, KIND: tl.constexpr):
+    """u(x) of x sigmoid(u(x))."""
     if KIND == "gelu_pytorch_tanh":
-        return x * (1.5957691216057308 + 0.07135481282553446 * x * x), 1.5957691216057308 + 0.21406443847660338 * x * x
+        x = x * (1.5957691216057308 + 0.07135481282553446 * x * x)
     if KIND == "quick_gelu":
-        return 1.702 * x, 1.702
-    return x, 1.0
+        x = 1.702 * x
+    return x
+
+
+@jit
+def _inner_slope(x, KIND: tl.constexpr):
+    """u'(x). One return: the compiler wants all of them to have one type, where the interpreter does not mind."""
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if KIND == "gelu_pytorch_tanh":
+        slope = 1.5957691216057308 + 0.21406443847660338 * x * x
+    if KIND == "quick_gelu":
+        slope = tl.full(x.shape, 1.702, tl.float32)
+    return slope
 
 
 @jit
@@ -45,8 +56,7 @@ def _activation_kernel(out_ptr, x_ptr, n, KIND: tl.constexpr, BLOCK: tl.constexp
     if KIND == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     else:
-        u, _ = _sigmoid_input(x, KIND)
-        y = x * tl.sigmoid(u)
+        y = x * tl.sigmoid(_inner(x, KIND))
     tl.store(out_ptr + i, y.to(out_ptr.dtype.element_ty), mask=i < n)
 
 
@@ -58,9 +68,9 @@ def _activation_backward_kernel(grad_x_ptr, grad_ptr, x_ptr, n, KIND: tl.constex
     if KIND == "gelu":
         slope = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
     else:
-        u, du = _sigmoid_input(x, KIND)
+        u = _inner(x, KIND)
         s = tl.sigmoid(u)
-        slope = s + x * s * tl.sigmoid(-u) * du  # 1 - s would lose what du then makes large
+        slope = s + x * s * tl.sigmoid(-u) * _inner_slope(x, KIND)  # 1 - s would lose what u'(x) makes large
     tl.store(grad_x_ptr + i, (grad * slope).to(grad_x_ptr.dtype.element_ty), mask=i < n)
 
 
