@@ -296,9 +296,9 @@ def rope_into_cache(
 ) -> Tensor:  # fmt: skip
     """Returns rope(q) and writes rope(k) / k_scale and v / v_scale to rows `slots_T` of the caches, in the caches' dtype.
 
-    k_cache, v_cache [R, G, d] or [B, block, G, d], contiguous, fp32, bf16, fp16, e4m3 or q's dtype; slots int64 [T], each in 0 to R - 1 and there
-    once, or -1 for a row that is written nowhere; scales fp32 [G], both or none. Inference only: it mutates the caches. Raises ValueError
-    for shapes and dtypes that do not fit and, on the CPU, for a slot outside the cache.
+    k_cache, v_cache [R, G, d] or [B, block, G, d], contiguous, in fp32, bf16, fp16, e4m3 or q's dtype; slots int64 [T], each in 0 to
+    R - 1 and there once, or -1 for a row that is written nowhere; scales fp32 [G], both or none. Inference only: it mutates the caches.
+    Raises ValueError for shapes and dtypes that do not fit and, on the CPU, for a slot outside the cache.
     """
     assert not registry.in_graph(q_THd, k_TGd, v_TGd, k_cache, v_cache), "rope_into_cache is for inference: it gives no gradients"
     _check(q_THd, k_TGd, cos, sin)
