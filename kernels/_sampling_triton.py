@@ -224,7 +224,5 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     penalties = value, value, value, counts
     nothing = None, None, None, None
     yield "temperature", partial(sample_triton, logits, value, None, None, None, number, number, *nothing)
-    yield "temperature, penalties", partial(sample_triton, logits, value, None, None, None, number, number, *penalties)
     yield "top-k, top-p, min-p", partial(sample_triton, logits, value, number, value, value, number, number, *nothing)
-    yield "top-p", partial(sample_triton, logits, value, None, value, None, number, number, *nothing)
     yield "all", partial(sample_triton, logits, value, number, value, value, number, number, *penalties)

@@ -250,15 +250,14 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """The launches that a GPU build ships, for the ahead-of-time compile and the warm-up."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        word = str(dtype).removeprefix("torch.")
-        for width, kinds in [
-            (4304, ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")),
-            (2 * 2816, ("swiglu",)),
-            (2 * 11008, ("swiglu",)),
-        ]:
-            for kind in kinds:
-                x = torch.empty(729, width, dtype=dtype, device=device)
-                grad = torch.empty(729, width // 2 if kind == "swiglu" else width, dtype=dtype, device=device)
-                yield f"{kind} {width} {word}", lambda x=x, kind=kind: _forward_triton(x, kind)  # type: ignore[misc]
-                yield f"{kind} {width} {word} backward", lambda g=grad, x=x, kind=kind: _backward_triton(g, x, kind)  # type: ignore[misc]
+    for kind, width, dtype in [
+        *((kind, 4304, torch.bfloat16) for kind in ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")),
+        ("swiglu", 2 * 11008, torch.bfloat16),
+        ("swiglu", 2 * 2816, torch.float16),
+        ("gelu", 4304, torch.float32),
+    ]:
+        x = torch.empty(729, width, dtype=dtype, device=device)
+        grad = torch.empty(729, width // 2 if kind == "swiglu" else width, dtype=dtype, device=device)
+        name = f"{kind} {width} {str(dtype).removeprefix('torch.')}"
+        yield name, lambda x=x, kind=kind: _forward_triton(x, kind)  # type: ignore[misc]
+        yield f"{name} backward", lambda g=grad, x=x, kind=kind: _backward_triton(g, x, kind)  # type: ignore[misc]

@@ -157,7 +157,7 @@ def _linear(
 
 
 @_linear.register_fake
-def _(x, weight, scale, bias, residual, kind, group, act, keep, implementation):  # type: ignore[no-untyped-def]
+def _(x, weight, scale, bias, residual, kind, group, act, keep, implementation):
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     return out, torch.empty_like(out) if keep else x.new_empty(0)
 
@@ -215,7 +215,7 @@ def _linear_into(
 
 
 @_linear_into.register_fake
-def _(out, x, weight, scale, bias, residual, kind, group, act, rows, implementation):  # type: ignore[no-untyped-def]
+def _(out, x, weight, scale, bias, residual, kind, group, act, rows, implementation):
     return None
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,6 +148,19 @@ def _segment_sum_triton(values_ND: Tensor, index_N: Tensor, rows: int, dtype: to
             out, values_ND, ordered, order, N, rows, D, values_ND.stride(0), **options
         )
     return out
+
+
+def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Rows of two views into a buffer of 2048: the second product by gather, the copies, and the gradients' sums."""
+    for D in (1024, 4096):
+        table, out = (torch.zeros(n, D, dtype=torch.bfloat16, device=device) for n in (2 * 729, 2048))
+        weight, bias = torch.zeros(D, D, dtype=torch.bfloat16, device=device), table[0]
+        index = torch.zeros(1500, dtype=torch.int64, device=device)
+        yield f"gathered product {D}", partial(_product_triton, out, table, weight, bias, "", gather=index, rows=index)
+        for copy in (False, True):
+            arguments = (out, index[:500], index, table, index, index, table, bias, copy)
+            yield f"fill {D}{' with copies' * copy}", partial(_fill_triton, *arguments)
+        yield f"segment sum {D}", partial(_segment_sum_triton, out[:1500], index, 2 * 729, torch.bfloat16)
 
 
 # --- C++ --------------------------------------------------------------------------------------------------------------------------
@@ -382,11 +396,11 @@ def _project(
 ) -> tuple[Tensor, Tensor, Tensor]:
     maps = _Maps(sources, sizes, modes)
     arguments = [None if t is None else t.contiguous() for t in (w1, b1, w2, b2, newline, embedding, source, rows, text_rows, token_ids)]
-    return _forward(features.contiguous(), *arguments, maps, act, True, implementation)  # type: ignore[arg-type]
+    return _forward(features.contiguous(), *arguments, maps, act, True, implementation)  # type: ignore[call-arg, arg-type]
 
 
 @_project.register_fake
-def _(features, w1, b1, w2, b2, newline, embedding, source, rows, text_rows, token_ids, sources, sizes, modes, act, implementation):  # type: ignore[no-untyped-def]
+def _(features, w1, b1, w2, b2, newline, embedding, source, rows, text_rows, token_ids, sources, sizes, modes, act, implementation):
     maps, M, D = _Maps(sources, sizes, modes), features.shape[0], w1.shape[0]
     pre = features.new_empty(M, D) if act else features.new_empty(0)
     table = features.new_empty(M + maps.rows, D) if maps.has_max and source is not None else features.new_empty(0)
@@ -436,7 +450,7 @@ def _project_backward(
 
 
 @_project_backward.register_fake
-def _(grad, features, w1, w2, pre, table, source, rows, text_rows, token_ids, sources, sizes, modes, act, needs, vocabulary, dtype, _):  # type: ignore[no-untyped-def]
+def _(grad, features, w1, w2, pre, table, source, rows, text_rows, token_ids, sources, sizes, modes, act, needs, vocabulary, dtype, _):
     D = w1.shape[0]
     shapes = [features.shape, w1.shape, (D,), (D, D), (D,), (D,), (vocabulary, D)]
     made = [grad.new_empty(shape if needed else (0,)) for shape, needed in zip(shapes, needs, strict=True)]
@@ -572,7 +586,7 @@ def project(
     if registry.in_graph(*tensors):
         return _project(*tensors, source, rows, text_rows, token_ids, sources, sizes, modes, act or "", name)[0]
     flat = [None if t is None else t.contiguous() for t in tensors]
-    return _forward(*flat, source, rows, text_rows, token_ids, _Maps(sources, sizes, modes), act or "", False, name)[0]  # type: ignore[arg-type]
+    return _forward(*flat, source, rows, text_rows, token_ids, _Maps(sources, sizes, modes), act or "", False, name)[0]  # type: ignore[call-arg, arg-type]
 
 
 def _check_range(

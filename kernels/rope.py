@@ -330,8 +330,8 @@ def rope_into_cache(
 def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """The launches that a GPU build ships, for the ahead-of-time compile and the warm-up."""
     T = 64
-    for H, G, d in [(16, 16, 64), (14, 2, 64), (32, 32, 128), (28, 4, 128)]:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for H, G, d, dtypes in [(16, 16, 64, (torch.bfloat16,)), (14, 2, 64, (torch.float16,)), (32, 32, 128, (torch.bfloat16, torch.float32))]:
+        for dtype in dtypes:
             fused = torch.empty(T, (H + 2 * G) * d, dtype=dtype, device=device)
             q, k, v = (part.unflatten(-1, (-1, d)) for part in fused.split((H * d, G * d, G * d), dim=-1))
             cos = torch.empty(T, d // 2, dtype=dtype, device=device)

@@ -21,7 +21,7 @@ def make(kind: str, group: int | None, M: int, O: int, I: int, dtype: torch.dtyp
 
 
 def rounded(x: Tensor) -> Tensor:
-    """x as the fp8 product sees it: e4m3 with one scale a row. (The interpreter rounds 127.4 to 64: of the numbers nothing is said here.)"""
+    """x as the fp8 product sees it: e4m3 with one scale a row. (The interpreter rounds 127.4 to 64: the numbers go unchecked.)"""
     numbers, scale = _linear_triton.fp8_rows(x)
     torch.testing.assert_close(scale, x.float().abs().amax(1) / 448)
     return numbers.double() * scale.double()[:, None]
