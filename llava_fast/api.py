@@ -14,6 +14,7 @@ from llava_fast.engine import dropin
 from llava_fast.engine.generate import generate as generate_requests
 from llava_fast.inputs.prepare import InputSpec
 from llava_fast.models.llava import Llava
+from llava_fast.quantise import GROUPS, quantise_model
 
 
 class LlavaFast(Llava):
@@ -60,7 +61,7 @@ class LlavaFast(Llava):
         return dropin.generate(self, input_ids, attention_mask, pixel_values, inputs_embeds, settings)
 
     def save_pretrained(self, directory: str | os.PathLike, max_shard_size: str = "5GB") -> None:
-        """Write a directory that transformers.LlavaForConditionalGeneration loads to the same logits."""
+        """Write a directory that transformers.LlavaForConditionalGeneration loads to the same logits. Not of a quantised model."""
         checkpoint.save_pretrained(self, directory, max_shard_size)
 
 
@@ -69,14 +70,21 @@ def load(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     vision_tower: str | os.PathLike | None = None,
+    quantise: str | None = None,
 ) -> LlavaFast:
     """Read a checkpoint: a transformers `llava` directory or hub id, or an original LLaVA / LLaVA-NeXT directory.
 
     device 'auto': the GPU where there is one.  dtype 'auto': as in the checkpoint; arithmetic on the CPU is in fp32 all the same.
     vision_tower: where an original checkpoint's tower is, if not where its config says.
+    quantise: 'int8', 'int4' or 'fp8': weights of the decoder and the head in that type, for inference; it changes answers.
     Raises ValueError for anything that does not fit, naming it.
     """
-    return checkpoint.load(LlavaFast, path, device, dtype, vision_tower)
+    if quantise not in (None, *GROUPS):
+        raise ValueError(f"quantise must be one of {', '.join(GROUPS)} or None, got {quantise!r}")
+    model = checkpoint.load(LlavaFast, path, device, dtype, vision_tower)
+    if quantise is not None:
+        quantise_model(model, quantise)
+    return model
 
 
 def generate(model: LlavaFast | str | os.PathLike, requests: Any, *args: Any, **kw: Any) -> Any:

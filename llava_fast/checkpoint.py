@@ -30,6 +30,7 @@ from llava_fast import memory, original
 from llava_fast.config import LlavaConfig, from_hf
 from llava_fast.inputs.prepare import InputSpec
 from llava_fast.models.llava import Llava
+from llava_fast.quantise import is_quantised
 
 M = TypeVar("M", bound=Llava)
 
@@ -398,6 +399,8 @@ def save_pretrained(model: Any, directory: str | os.PathLike, max_shard_size: st
     weights first and config.json last, and weights of the model that was there are deleted. Other files stay.
     """
     target = Path(directory)
+    if is_quantised(model):
+        raise ValueError("a quantised model is not saved: save the one that was loaded, before it is quantised")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, not a directory to save to")
     target.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,7 @@ def generate(
     seed: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    quantise: Annotated[Literal["int8", "int4", "fp8"] | None, typer.Option(help="the decoder's weights in fewer bits")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the streamed text")] = False,
 ) -> None:
     """Answer a question about pictures and videos; the answer streams as it is made."""
@@ -64,7 +65,7 @@ def generate(
     request = ask(prompt, image or [], video or [], raw)
     start = time.perf_counter()
     with notes.status(escape(f"loading {model}")):
-        loaded = llava_fast.load(model, device=device, dtype=dtype)
+        loaded = llava_fast.load(model, device=device, dtype=dtype, quantise=quantise)
     ready = time.perf_counter()
     if as_json:
         completion = llava_fast.generate(loaded, request, sampling, options)

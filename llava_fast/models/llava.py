@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from llava_fast.batch import PackedBatch
 from llava_fast.config import LlavaConfig
-from llava_fast.kernels.linear import linear
+from llava_fast.kernels.linear import Quantised, linear
 from llava_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from llava_fast.models.decoder import Decoder, KVCache
 from llava_fast.models.projector import Projector
@@ -45,6 +45,7 @@ class Llava(nn.Module):
         self.multi_modal_projector = Projector(config)
         self.language_model = Decoder(config.decoder)
         self.lm_head = None if config.decoder.tied else nn.Linear(config.decoder.width, config.decoder.vocab_size, bias=False)
+        self.quantised_head: Quantised | None = None  # of a head that is the embedding table
         self.image_newline = nn.Parameter(torch.empty(config.decoder.width)) if config.has_newline else None
 
     def join(self) -> None:
@@ -58,8 +59,10 @@ class Llava(nn.Module):
         return self
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor | Quantised:
         """[V, D]"""
+        if self.quantised_head is not None:
+            return self.quantised_head
         return self.language_model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     @property
@@ -107,8 +110,11 @@ class Llava(nn.Module):
 
     def label_losses(self, batch: PackedBatch, reduction: str = "none") -> Tensor:
         """-log p of each label, fp32 [L], in the order of batch.labels (batch.label_seq says whose each is); or reduced as the op does."""
+        weight = self.head_weight
+        if isinstance(weight, Quantised):
+            raise ValueError("a quantised model has no loss of packed batches: load it without quantise")
         hidden_LD = self.hidden(batch)[batch.label_index]
-        return linear_cross_entropy(hidden_LD, self.head_weight, batch.labels, reduction=reduction)
+        return linear_cross_entropy(hidden_LD, weight, batch.labels, reduction=reduction)
 
     def loss(self, batch: PackedBatch, reduction: str = "sum") -> Tensor:
         """Cross-entropy over the label rows: their 'sum' or 'mean', at one product less than through their losses."""

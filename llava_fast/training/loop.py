@@ -19,6 +19,7 @@ import torch
 
 from llava_fast import checkpoint
 from llava_fast.models.llava import Llava
+from llava_fast.quantise import is_quantised
 from llava_fast.training.batches import Dataset, Position, Step, ahead, make_steps, plan_epoch, total_steps
 from llava_fast.training.checkpoint import list_states, load_state, save_state
 from llava_fast.training.config import TrainConfig, as_config
@@ -119,6 +120,8 @@ def fit(
     skipped: Skipped | None = None,
 ) -> TrainResult:
     """Train `model` (an fp32 nn.Module with `loss(batch, reduction)`) on `data`, in place: `train` without reading and writing models."""
+    if is_quantised(model):
+        raise ValueError("a quantised model cannot be trained: load it without quantise")
     device, folder = torch.device(device), Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     skipped = skipped or Skipped(folder)
