@@ -63,12 +63,13 @@ def _fill_kernel(
     else:
         source = tl.load(source_ptr + i - texts)
         row = tl.load(rows_ptr + i - texts)
-        if COPY:
-            value = tl.load(table_ptr + source * D + d, mask=(d < D) & (source < table_rows))
-            tl.store(out_ptr + row * out_stride + d, value, mask=(d < D) & (source < table_rows))
-        if newline_ptr is not None:
-            value = tl.load(newline_ptr + d, mask=(d < D) & (source == table_rows))
-            tl.store(out_ptr + row * out_stride + d, value.to(out_ptr.dtype.element_ty), mask=(d < D) & (source == table_rows))
+        if source < table_rows:
+            if COPY:
+                value = tl.load(table_ptr + source * D + d, mask=d < D)
+                tl.store(out_ptr + row * out_stride + d, value, mask=d < D)
+        elif newline_ptr is not None:
+            value = tl.load(newline_ptr + d, mask=d < D)
+            tl.store(out_ptr + row * out_stride + d, value.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
 @jit
