@@ -252,7 +252,7 @@ def check_tensors(model: Llava, stored: dict[str, Stored], grown: dict[str, int]
 def _check_derived(name: str, tensor: Tensor, model: Llava) -> None:
     if name == "lm_head.weight":
         ok, rule = (
-            torch.equal(tensor.to(model.stored_dtype), model.head_weight[: tensor.shape[0]].cpu()),
+            torch.equal(tensor.to(model.stored_dtype), model.language_model.embed_tokens.weight[: tensor.shape[0]].cpu()),
             "equal embed_tokens (the head is tied)",
         )
     elif name.endswith("weight"):
