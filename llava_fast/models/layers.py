@@ -59,7 +59,7 @@ def join(groups: Sequence[Sequence[nn.Linear]]) -> None:
     """
     weights = [[part.weight for part in group] for group in groups]
     flat = [weight for group in weights for weight in group]
-    if any(weight.is_meta for weight in flat):
+    if any(isinstance(weight, Quantised) or weight.is_meta for weight in flat):
         return
     if any(_adjacent(group) is None for group in weights) or len({weight.untyped_storage().data_ptr() for weight in flat}) > 1:
         sizes = [-(-sum(weight.numel() * weight.element_size() for weight in group) // ALIGNED) * ALIGNED for group in weights]
