@@ -313,7 +313,6 @@ def _launch(
             x, x_scale = fp8_rows(x)
         gemm(out, x, weight, bias, act, rows=rows, pre=pre, residual=residual, scale=scale, x_scale=x_scale, group=group)
         return
-    assert scale is not None
     if kind == "int4":
         x = x.unflatten(1, (I // 2, 2)).transpose(1, 2).reshape(M, I)
     assert scale is not None, kind

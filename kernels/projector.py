@@ -612,30 +612,3 @@ def _check_range(
             low, high = (int(n) for n in index.aminmax())
             if low < 0 or high >= end:
                 raise ValueError(f"{what} must be 0 to {end - 1}, got {low} to {high}")
-
-
-def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The projectors of the 0.5b and the 7b model over four pooled views with newlines, forward and backward, in bf16."""
-    for E, D in ((1152, 1024), (1152, 4096)):
-        M, K, size, texts = 4 * 729, 4, (14, 14), 512
-        V = K * size[0] * size[1] + K
-        empty = {name: torch.empty(*shape, device=device, dtype=torch.bfloat16) for name, shape in _shapes(M, E, D).items()}
-        source, rows, text_rows, ids, cells = (
-            torch.zeros(*shape, device=device, dtype=torch.int64) for shape in ((V,), (V,), (texts,), (V + texts,), (K, 27, 27))
-        )
-        maps, indices = _Maps([cells], list(size), "bilinear"), (source, rows, text_rows, ids)
-        grad = torch.empty(V + texts, D, device=device, dtype=torch.bfloat16)
-        pre, nothing = torch.empty(M, D, device=device, dtype=torch.bfloat16), grad.new_empty(0)
-        yield (
-            f"forward {E} {D}",
-            partial(_forward, **empty, **dict(zip(_INDICES, indices, strict=True)), maps=maps, act="gelu", keep=True, name="triton"),
-        )
-        arguments = (grad, empty["features"], empty["w1"], empty["w2"], pre, nothing, *indices, maps, "gelu", [True] * 7)
-        yield f"backward {E} {D}", partial(_backward_pass, *arguments, 152000, torch.bfloat16, "triton")
-
-
-_INDICES = ("source", "rows", "text_rows", "token_ids")
-
-
-def _shapes(M: int, E: int, D: int) -> dict[str, tuple[int, ...]]:
-    return dict(features=(M, E), w1=(D, E), b1=(D,), w2=(D, D), b2=(D,), newline=(D,), embedding=(152000, D))
