@@ -113,8 +113,9 @@ def inputs(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, dict[
     return q, k, v, call
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in CASES), *((name, torch.float16) for name in ("d72 causal", "prefix"))]
+)
 def test_equals_dense_attention(name: str, dtype: torch.dtype) -> None:
     q, k, v, call = inputs(name, dtype)
     grad = torch.randn(q.shape, generator=torch.Generator().manual_seed(4)).to(dtype)
