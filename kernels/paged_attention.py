@@ -99,7 +99,37 @@ def _forward_reference(
     )
 
 
-_LAUNCHERS: dict[str, Callable[..., Tensor]] = {"reference": _forward_reference, "triton": _paged_attention_triton.forward}
+def _forward_cpu(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    seqlens_k: Tensor,
+    scale: float,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+) -> Tensor:
+    from llava_fast import _cpu
+
+    (T, H, d), (B, page, G, _) = q.shape, k_cache.shape
+    out = q.new_empty(T, H, d)
+    types = [getattr(_cpu.DType, str(x.dtype).removeprefix("torch.")) for x in (q, k_cache)]
+    rows = [_cpu.Rows(x.data_ptr(), types[0], x.stride(0), x.stride(1)) for x in (q, out)]
+    caches = [_cpu.Rows(x.data_ptr(), types[1], x.stride(1), x.stride(2)) for x in (k_cache, v_cache)]
+    S, threads = seqlens_k.shape[0], torch.get_num_threads()
+    task = _cpu.AttentionTask(T, B * page, S, H, G, d, True, scale, rows[0], *caches, rows[1], 0, 0, threads)
+    pages = (block_table.shape[1], page, B, k_cache.stride(0), v_cache.stride(0))
+    scales = [0 if x is None else x.data_ptr() for x in (k_scale, v_scale)]
+    _cpu.paged_attention(task, cu_seqlens_q.data_ptr(), seqlens_k.data_ptr(), block_table.data_ptr(), *pages, *scales)
+    return out
+
+
+_LAUNCHERS: dict[str, Callable[..., Tensor]] = {
+    "cpu": _forward_cpu,
+    "reference": _forward_reference,
+    "triton": _paged_attention_triton.forward,
+}
 
 
 @torch.library.custom_op("llava_fast::paged_attention", mutates_args=())
@@ -126,6 +156,9 @@ def _(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, scale, k_scale,
 registry.register(
     "paged_attention",
     {
+        "cpu": Implementation(
+            _forward_cpu, ("cpu",), (torch.float32, torch.bfloat16, torch.float16), lambda case: case[0] <= 256, ("llava_fast._cpu",)
+        ),
         "reference": Implementation(_forward_reference),
         # Compiled, and never run on hardware: by name only until it is measured.
         "triton": Implementation(

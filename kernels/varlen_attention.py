@@ -79,6 +79,8 @@ def varlen_attention_reference(
     prefixes = None if prefix is None else prefix.tolist()
     _check_lengths(q_THd.shape[0], k_KGd.shape[0], bounds_q, bounds_k, used, prefixes)
     k_KGd, v_KGd = k_KGd.to(q_THd.dtype), v_KGd.to(q_THd.dtype)
+    if scale is not None and scale < 0:  # torch's causal mask is an infinity of the wrong sign then
+        q_THd, scale = -q_THd, -scale
     lengths_q = [b - a for a, b in zip(bounds_q, bounds_q[1:], strict=False)]
     # split and cat, not slices: the gradient of a slice is as large as the whole, once a sequence.
     if used is None:
@@ -121,7 +123,7 @@ def varlen_attention_reference(
         if return_lse:
             mask = torch.ones(n, own, dtype=torch.bool, device=q.device).tril() if causal and whole else mask
             lse.append(_lse(q, k, mask, scale))
-    joined = torch.cat(out) if out else q_THd.new_empty(q_THd.shape)
+    joined = torch.cat(out) if out else q_THd.clone()
     if not return_lse:
         return joined
     return joined, torch.cat(lse) if lse else q_THd.new_empty(q_THd.shape[:2], dtype=torch.float32)
@@ -240,9 +242,36 @@ def _forward_cpu(
     return out, lse
 
 
+def _backward_cpu(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    q_index: Tensor | None,
+    seqused_k: Tensor | None,
+    prefix: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from llava_fast import _cpu
+
+    (T, H, d), (K, G, _) = q.shape, k.shape
+    grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    rows = [_rows(_cpu, x) for x in (q, k, v, out)]
+    S, threads = cu_seqlens_q.shape[0] - 1, torch.get_num_threads()
+    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), _address(q_index), threads)
+    indices = (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), _address(seqused_k), _address(prefix))
+    _cpu.attention_backward(task, *[_rows(_cpu, x) for x in (grad_out, *grads)], *indices)
+    return grads
+
+
 # Forward and backward of each implementation of ours. The reference is here for torch.compile; elsewhere autograd sees through it.
 _LAUNCHERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "cpu": (_forward_cpu, _backward_reference),
+    "cpu": (_forward_cpu, _backward_cpu),
     "reference": (_forward_reference, _backward_reference),
     "triton": (_triton.forward, _triton.backward),
 }

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llava_fast.kernels.paged_attention import _paged_attention, paged_attention
+from llava_fast import _cpu
+from llava_fast.kernels.paged_attention import _paged_attention, paged_attention, paged_attention_reference
 
 
 def make(
@@ -121,3 +122,39 @@ def test_custom_op() -> None:
 def test_bad_calls(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         paged_attention(**make([1, 1], [20, 17], dtype=torch.float32) | change)
+
+
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
+@pytest.mark.parametrize("heads", [(4, 4), (14, 2)])
+@pytest.mark.parametrize(
+    "types",
+    [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16"), ("float32", "float16"), ("float32", "float8_e4m3fn")],
+    ids="-".join,
+)
+def test_cpu(types: tuple[str, str], heads: tuple[int, int], isa: str) -> None:
+    """Decode, a few rows, prefill, and nothing; the error against the reference in fp64 is at most twice the reference's in q's dtype."""
+    dtype, stored = (getattr(torch, name) for name in types)
+    before = _cpu.isa()
+    for d, page in ((64, 16), (72, 32), (128, 256)):
+        call = make([1, 3, 0, 40, 1], [300, 37, 5, 170, 1], *heads, d, page, dtype, stored)
+        _cpu.set_isa(isa)
+        ours = paged_attention(**call)
+        _cpu.set_isa(before)
+        theirs, truth = paged_attention_reference(**call), paged_attention_reference(**{**call, "q_THd": call["q_THd"].double()})
+        allowed = 2 * (theirs.double() - truth).abs().max() + truth.abs().max() * torch.finfo(dtype).eps
+        assert ours.dtype == dtype and (ours.double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
+def test_cpu_reads_every_fp8_value(isa: str) -> None:
+    """One key: the output is its value."""
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)
+    cache = torch.zeros(2, 16, 1, 128, dtype=torch.float8_e4m3fn)
+    cache[:, 0, 0] = values
+    before = _cpu.isa()
+    _cpu.set_isa(isa)
+    ones, lengths = torch.ones(2, 1, 128), torch.ones(2, dtype=torch.int32)
+    table, cu = torch.tensor([[0], [1]], dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    out = paged_attention(ones, torch.zeros_like(cache), cache, table, cu, lengths)
+    _cpu.set_isa(before)
+    torch.testing.assert_close(out[:, 0], values.float(), rtol=0, atol=0, equal_nan=True)

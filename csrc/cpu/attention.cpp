@@ -2,6 +2,7 @@
 #include "cpu/attention.h"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <numeric>
 #include <stdexcept>
@@ -66,14 +67,17 @@ std::vector<Sequence> make_sequences(const AttentionTask& task, const AttentionI
             reserved = index.cu_k[s + 1] - index.cu_k[s];
         }
         seq.own = index.used == nullptr ? reserved : index.used[s];
-        if (seq.own < 0 || seq.own > reserved) {
-            require(false, (seq.table == nullptr ? "seqused_k[" : "seqlens_k[") + std::to_string(s) + "] must be 0 to " +
-                               std::to_string(reserved) + ", the rows of the sequence, got " + std::to_string(seq.own));
+        const int64_t least = seq.table == nullptr ? 0 : seq.n_q;
+        if (seq.own < least || seq.own > reserved) {
+            const std::string limit = std::to_string(reserved), got = ", got " + std::to_string(seq.own), place = std::to_string(s);
+            require(false, seq.table == nullptr ? "seqused_k[" + place + "] must be 0 to " + limit + ", the rows of the sequence" + got
+                                                : "seqlens_k[" + place + "] must be " + std::to_string(least) + ", its query rows, to " +
+                                                      limit + ", its pages" + got);
         }
         for (int64_t b = 0; seq.table != nullptr && b * task.block < seq.own; ++b) {
             if (seq.table[b] < 0 || seq.table[b] >= index.cache_blocks) {
-                require(false, "block_table[" + std::to_string(s) + ", " + std::to_string(b) + "] is " + std::to_string(seq.table[b]) +
-                                   ", expected a block of the cache, 0 to " + std::to_string(index.cache_blocks - 1));
+                require(false, "block_table[" + std::to_string(s) + "] must name blocks 0 to " + std::to_string(index.cache_blocks - 1) +
+                                   ", got " + std::to_string(seq.table[b]));
             }
         }
     }
@@ -146,6 +150,92 @@ void attention_forward(AttentionTask task, const AttentionIndex& index) {
     task.partial = partial.data();
     task.threads = useful_threads(work, task.threads);
     LLAVA_FAST_CHOOSE(attention_forward)(task);
+}
+
+void attention_backward(AttentionTask task, const AttentionIndex& index) {
+    const std::vector<Sequence> sequences = make_sequences(task, index);
+    // Sequences that have a key row in common are joined: `root` leads, in steps, to the first of the family.
+    struct Range {
+        int64_t first, last, sequence;
+    };
+    std::vector<Range> ranges;
+    std::vector<int64_t> root(task.S);
+    std::iota(root.begin(), root.end(), 0);
+    const auto find = [&](int64_t s) {
+        while (root[s] != s) s = root[s] = root[root[s]];
+        return s;
+    };
+    for (int64_t s = 0; s < task.S; ++s) {
+        const Sequence& seq = sequences[s];
+        if (seq.n_q == 0) continue;
+        if (seq.shared > 0) ranges.push_back({seq.prefix, seq.prefix + seq.shared, s});
+        if (seq.own > 0) ranges.push_back({seq.start, seq.start + seq.own, s});
+    }
+    std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.first < b.first; });
+    std::vector<int64_t> owner(task.K, -1);
+    int64_t end = 0;
+    for (size_t i = 0; i < ranges.size(); ++i) {
+        if (i > 0 && ranges[i].first < end) {
+            const int64_t a = find(ranges[i].sequence), b = find(ranges[i - 1].sequence);
+            root[std::max(a, b)] = std::min(a, b);
+        }
+        std::fill(owner.begin() + std::max(ranges[i].first, std::min(end, ranges[i].last)), owner.begin() + ranges[i].last,
+                  ranges[i].sequence);
+        end = std::max(end, ranges[i].last);
+    }
+    std::vector<int64_t> number(task.S, -1), order;  // of the family, by its first sequence
+    std::vector<double> cost;
+    for (int64_t s = 0; s < task.S; ++s) {
+        const Sequence& seq = sequences[s];
+        if (seq.n_q == 0) continue;
+        const int64_t first = find(s);
+        if (number[first] < 0) {
+            number[first] = static_cast<int64_t>(cost.size());
+            cost.push_back(0);
+        }
+        number[s] = number[first];
+        cost[number[s]] += static_cast<double>(seq.n_q * (task.H / task.G) * (seq.keys() + 16));
+    }
+    const int64_t families = static_cast<int64_t>(cost.size());
+    std::vector<int64_t> family_start(families + 1, 0), family, row_start(families + 1, 0), row, place(task.K, -1);
+    for (int64_t s = 0; s < task.S; ++s) family_start[number[s] + 1] += number[s] >= 0;
+    for (int64_t k = 0; k < task.K; ++k) row_start[(owner[k] < 0 ? -1 : number[owner[k]]) + 1] += owner[k] >= 0;
+    for (int64_t f = 0; f < families; ++f) {
+        family_start[f + 1] += family_start[f];
+        row_start[f + 1] += row_start[f];
+    }
+    family.resize(family_start[families]);
+    row.resize(row_start[families]);
+    std::vector<int64_t> next(family_start.begin(), family_start.end()), next_row(row_start.begin(), row_start.end());
+    for (int64_t s = 0; s < task.S; ++s) {
+        if (number[s] >= 0) family[next[number[s]]++] = s;
+    }
+    for (int64_t k = 0; k < task.K; ++k) {
+        if (owner[k] < 0) {
+            const int64_t size = task.grad_k.type == DType::f32 ? 4 : 2;
+            for (const Rows& grad : {task.grad_k, task.grad_v})
+                std::memset(static_cast<char*>(grad.data) + k * grad.row * size, 0, grad.row * size);
+            continue;
+        }
+        const int64_t f = number[owner[k]];
+        place[k] = next_row[f] - row_start[f];
+        row[next_row[f]++] = k;
+    }
+    order.resize(families);
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cost[a] > cost[b]; });
+    double work = 0;
+    for (double c : cost) work += 5.0 * c * static_cast<double>(task.G * task.d);
+    task.sequences = sequences.data();
+    task.family = family.data();
+    task.family_start = family_start.data();
+    task.family_row = row.data();
+    task.family_row_start = row_start.data();
+    task.row_place = place.data();
+    task.family_order = order.data();
+    task.family_count = families;
+    task.threads = useful_threads(work, task.threads);
+    LLAVA_FAST_CHOOSE(attention_backward)(task);
 }
 
 }  // namespace llava_fast

@@ -21,6 +21,7 @@ struct Rows {
     void* data;
     DType type;
     int64_t row, head;
+    int64_t page = 0;  // of a cache in blocks: from one to the next
 };
 
 struct Sequence {
@@ -58,9 +59,13 @@ struct AttentionTask {
     float* partial;
     // backward
     Rows grad_out, grad_q, grad_k, grad_v;
-    const int64_t* family;        // sequences, those that share key rows next to each other, ascending within a family
-    const int64_t* family_start;  // [family_count + 1]
-    const int64_t* family_rows;   // [family_count, 2] the key rows of each
+    // Families: sequences that share key rows, ascending; one that shares none is alone.
+    const int64_t* family;            // [S] their members
+    const int64_t* family_start;      // [family_count + 1]
+    const int64_t* family_row;        // the key rows of each, ascending
+    const int64_t* family_row_start;  // [family_count + 1]
+    const int64_t* row_place;         // [K] the place of a row among its family's, or -1
+    const int64_t* family_order;      // [family_count] the most work first
     int64_t family_count;
 };
 

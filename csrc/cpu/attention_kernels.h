@@ -210,7 +210,7 @@ static void forward_keys(const AttentionTask& task, const Piece& piece) {
     const E* rows[kWidth];
     for (int64_t j = 0; j < n; j += kWidth) {
         for (int64_t k = 0; k < kWidth; ++k) {
-            rows[k] = static_cast<const E*>(task.k.data) + key_row(task, seq, piece.first + least(j + k, n - 1)) * task.k.row;
+            rows[k] = static_cast<const E*>(task.k.data) + key_offset(task, seq, task.k, piece.first + least(j + k, n - 1));
         }
         for (int64_t g = 0; g < G; ++g) {
             with_rows(rows, g * task.k.head, d, lanes, wide, [&](auto from) {
@@ -239,7 +239,7 @@ static void forward_keys(const AttentionTask& task, const Piece& piece) {
     for (int64_t j = 0; j < n; j += kWidth) {
         const int64_t count = least(kWidth, n - j);
         for (int64_t k = 0; k < kWidth; ++k) {
-            rows[k] = static_cast<const E*>(task.v.data) + key_row(task, seq, piece.first + least(j + k, n - 1)) * task.v.row;
+            rows[k] = static_cast<const E*>(task.v.data) + key_offset(task, seq, task.v, piece.first + least(j + k, n - 1));
         }
         for (int64_t g = 0; g < G; ++g) {
             with_rows(rows, g * task.v.head, d, lanes, wide, [&](auto from) {

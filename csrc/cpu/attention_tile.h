@@ -48,10 +48,10 @@ static inline vec exp2_negative(vec x) {
     return scale2(p, n);
 }
 
-// The row of k and v that holds key j.
-static inline int64_t key_row(const AttentionTask& task, const Sequence& seq, int64_t j) {
-    if (seq.table != nullptr) return seq.table[j / task.block] * task.block + j % task.block;
-    return j < seq.shared ? seq.prefix + j : seq.start + j - seq.shared;
+// Where key j lies in k or v.
+static inline int64_t key_offset(const AttentionTask& task, const Sequence& seq, const Rows& rows, int64_t j) {
+    if (seq.table != nullptr) return seq.table[j / task.block] * rows.page + j % task.block * rows.row;
+    return (j < seq.shared ? seq.prefix + j : seq.start + j - seq.shared) * rows.row;
 }
 
 // How many keys the lane sees that belongs to query row t of the sequence.
@@ -116,7 +116,7 @@ static void copy_as(const AttentionTask& task, const Sequence& seq, const Rows& 
                     float* to) {
     const int64_t whole = task.d / kWidth * kWidth;
     for (int64_t r = 0; r < n; ++r, to += kStride) {
-        const T* from = static_cast<const T*>(rows.data) + key_row(task, seq, j + r) * rows.row + g * rows.head;
+        const T* from = static_cast<const T*>(rows.data) + key_offset(task, seq, rows, j + r) + g * rows.head;
         for (int64_t c = 0; c < whole; c += kWidth) store(to + c, load(from + c) * splat(factor));
         if (whole < task.d) store(to + whole, load(from + whole, task.d - whole) * splat(factor));
     }
@@ -160,7 +160,7 @@ static void copy(const AttentionTask& task, const Sequence& seq, const Rows& row
     }
 }
 
-// out[r, :] = beta * out[r, :] + sum_k a(r, k) b[k, :] for kRows rows and N registers of columns; a(r, k) = a[r * kA + k * kB].
+// done(r, i, register i of sum_k a(r, k) b[k, :]) for kRows rows and N registers of columns; a(r, k) = a[r * kA + k * kB].
 template <int N, int64_t kA, int64_t kB, typename Store>
 static inline void product(const float* a, const float* b, int64_t b_stride, int64_t n, Store&& done) {
     vec sum[kRows][N];

@@ -1,0 +1,2 @@
+#define ISA portable
+#include "cpu/attention_backward_kernels.h"
