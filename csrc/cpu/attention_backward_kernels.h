@@ -64,8 +64,8 @@ static void backward_tile(const GradBlock& block, const float* keys, const float
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i) {
             float *weight = weights + (j * N + i) * kWidth, *grad = grads + (j * N + i) * kWidth;
-            // Rounding may leave a score a little above lse: exp2_negative serves up to 1 as well.
-            const vec p = exp2_negative((load(weight) - lse[i]) * splat(kLog2e));
+            // Rounding may leave a score a little above lse.
+            const vec p = exp_negative(load(weight) - lse[i]);
             store(weight, p);
             store(grad, p * (load(grad) - delta[i]));
         }

@@ -33,14 +33,14 @@ static void forward_tile(const Block& block, const float* keys, const float* val
     }
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
-        factor[i] = exp2_negative(load(block.largest + i * kWidth) - top[i]);
+        factor[i] = exp_negative(load(block.largest + i * kWidth) - top[i]);
         total[i] = load(block.total + i * kWidth) * factor[i];
         store(block.largest + i * kWidth, top[i]);
     }
     for (int64_t j = 0; j < n; ++j) {
 #pragma GCC unroll 4
         for (int i = 0; i < N; ++i) {
-            const vec p = exp2_negative(load(scores + (j * N + i) * kWidth) - top[i]);
+            const vec p = exp_negative(load(scores + (j * N + i) * kWidth) - top[i]);
             total[i] = total[i] + p;
             store(scores + (j * N + i) * kWidth, p);
         }
@@ -70,7 +70,7 @@ static void forward_lanes(const AttentionTask& task, const Piece& piece) {
         block.largest = block.sum + kLanes * columns;
         block.total = block.largest + kLanes;
         block.limit = block.total + kLanes;
-        gather(task, seq, task.q, g, block.first, block.n, task.scale * kLog2e, block.query, width);
+        gather(task, seq, task.q, g, block.first, block.n, task.scale, block.query, width);
         for (int64_t i = 0; i < columns * width; ++i) block.sum[i] = 0.0f;
         block.lowest = seq.keys();
         block.highest = 0;
@@ -109,7 +109,7 @@ static void forward_lanes(const AttentionTask& task, const Piece& piece) {
             const float total = block.total[i];
             if (task.lse != nullptr) {
                 float* lse = task.lse + (seq.q_start + (block.first + i) / R) * task.H + g * R + (block.first + i) % R;
-                *lse = total == 0.0f ? -__builtin_inff() : (block.largest[i] + __builtin_log2f(total)) * kLn2;
+                *lse = total == 0.0f ? -__builtin_inff() : block.largest[i] + __builtin_logf(total);
             }
             block.total[i] = total == 0.0f ? 0.0f : 1.0f / total;
         }
@@ -197,7 +197,7 @@ static void forward_keys(const AttentionTask& task, const Piece& piece) {
     float *queries = scratch, *scores = queries + G * lanes * size, *wide = scores + G * lanes * kChunk;
     float* partial = task.partial + piece.partial * size;
     for (int64_t g = 0; g < G; ++g) {
-        const float factor = task.scale * kLog2e * (task.k_scale == nullptr ? 1.0f : task.k_scale[g]);
+        const float factor = task.scale * (task.k_scale == nullptr ? 1.0f : task.k_scale[g]);
         for (int64_t l = 0; l < lanes; ++l) {
             float* to = queries + (g * lanes + l) * size;
             for (int64_t c = 0; c < size; ++c) to[c] = partial[(g * lanes + l) * size + c] = 0.0f;
@@ -227,7 +227,7 @@ static void forward_keys(const AttentionTask& task, const Piece& piece) {
         for (int64_t j = 0; j < n; j += kWidth) top = max(top, load(scores + i * kChunk + j));
         top = splat(largest(top));
         for (int64_t j = 0; j < n; j += kWidth) {
-            const vec p = exp2_negative(load(scores + i * kChunk + j) - top);
+            const vec p = exp_negative(load(scores + i * kChunk + j) - top);
             total = total + p;
             store(scores + i * kChunk + j, p);
         }
@@ -267,7 +267,7 @@ static void join(const AttentionTask& task, int64_t few, int64_t g) {
         for (int64_t c = 0; c < size; ++c) out[c] = 0.0f;
         for (int64_t p = 0; p < parts; ++p) {
             float factor[kWidth];
-            store(factor, exp2_negative(splat(first[p * step] - top)));
+            store(factor, exp_negative(splat(first[p * step] - top)));
             total += factor[0] * first[p * step + 1];
             for (int64_t c = 0; c < d; ++c) out[c] += factor[0] * first[p * step + 2 + c];
         }
@@ -275,7 +275,7 @@ static void join(const AttentionTask& task, int64_t few, int64_t g) {
         LLAVA_FAST_BY_TYPE(task.out.type, T* to = const_cast<T*>(lane_row<T>(task, seq, task.out, g, l));
                            for (int64_t c = 0; c < d; ++c) narrow(out[c] * inverse, to + c);)
         if (task.lse != nullptr) {
-            const float lse = total == 0.0f ? -__builtin_inff() : (top + __builtin_log2f(total)) * kLn2;
+            const float lse = total == 0.0f ? -__builtin_inff() : top + __builtin_logf(total);
             task.lse[(seq.q_start + l / R) * task.H + g * R + l % R] = lse;
         }
     }

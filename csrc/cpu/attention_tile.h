@@ -21,7 +21,6 @@ constexpr int64_t kLanes = kColumns * kWidth;  // lanes of a block
 constexpr int64_t kTile = 64;                  // keys of a tile
 constexpr int64_t kStride = kMaxHeadDim + 16;  // of a copied key or value: constant, so that rows are at constant offsets
 constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.693147180559945309f;
 
 static inline int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -33,9 +32,10 @@ static inline int64_t up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
 }
 
-// 2^x for x <= 0 to 1.5 ulp, 0 below -150; NaN stays NaN. The polynomial is the best of degree 6 on [-1/2, 1/2].
-static inline vec exp2_negative(vec x) {
-    x = max(splat(-200.0f), x);
+// e^x for x <= 0 (or a little above) to within |x| / 2 + 1.5 roundings, 0 below -104; NaN stays NaN. The polynomial is 2^r's best of
+// degree 6 on [-1/2, 1/2]. Scores keep the unit of lse: in powers of two lse would be rounded twice more.
+static inline vec exp_negative(vec x) {
+    x = max(splat(-200.0f), x * splat(kLog2e));
     const vec n = round(x);
     const vec r = x - n;
     vec p = splat(1.5353362e-4f);
