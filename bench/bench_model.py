@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from llava_fast import load
+from llava_fast import load, memory
+from llava_fast.engine.decode import Stepper
 from llava_fast.models.decoder import KVCache
 from llava_fast.models.llava import Llava
 
@@ -96,7 +97,8 @@ def test_prefill(ours: Llava, theirs: Any, paired: Any, limits: Any) -> None:
 def new_cache(model: Llava, dtype: torch.dtype, used: int) -> KVCache:
     c = model.config.decoder
     generator = torch.Generator().manual_seed(2)
-    k, v = (torch.randn(c.layers, CONTEXT + 1, c.kv_heads, c.head_dim, generator=generator).to(dtype) for _ in range(2))
+    shape = (c.layers, CONTEXT + 1, c.kv_heads, c.head_dim)
+    k, v = (memory.empty(shape, dtype, torch.device("cpu")).copy_(torch.randn(shape, generator=generator)) for _ in range(2))
     starts = torch.tensor([0, CONTEXT + 1], dtype=torch.int32)
     return KVCache(k, v, starts, torch.tensor([used - 1]), torch.tensor([used], dtype=torch.int32))
 
@@ -110,11 +112,10 @@ def test_decode(quantised: tuple[str, Llava], theirs: Any, paired: Any, limits: 
     for layer in range(model.config.decoder.layers):
         k, v = (buffer[layer, :CONTEXT].float().transpose(0, 1)[None].contiguous() for buffer in (cache.k, cache.v))
         past.update(k, v, layer)
-    token, position, bounds = torch.tensor([7]), torch.tensor([CONTEXT]), torch.tensor([0, 1], dtype=torch.int32)
+    stepper, token, position = Stepper(model, cache, 1), torch.tensor([7]), torch.tensor([CONTEXT])
 
     def step() -> Tensor:
-        x = model.language_model.embed_tokens.weight[token].to(torch.float32)
-        return model.logits(model.language_model(x, position, bounds, cache=cache))
+        return stepper([7], [0], [CONTEXT])
 
     def reference() -> Tensor:
         logits = theirs(input_ids=token[None], past_key_values=past, position_ids=position[None], use_cache=True).logits[0]

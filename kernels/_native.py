@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -9,18 +11,55 @@ import torch
 from torch import Tensor
 
 
+_recorder: Recorder | None = None
+
+
+class Recorder:
+    """Stands in for the module while `recording`: runs each launch, and keeps it with its arguments, which are addresses and sizes."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(_module(), name)
+        if isinstance(found, type):  # DType and the like
+            return found
+
+        def launch(*arguments: Any) -> object:
+            self.launches.append((found, arguments))
+            return found(*arguments)
+
+        return launch
+
+
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    """Records the launches of a `with` block; of one thread at a time."""
+    global _recorder
+    assert _recorder is None, "a recording within a recording"
+    _recorder = Recorder()
+    try:
+        yield _recorder
+    finally:
+        _recorder = None
+
+
 @cache
-def cpu() -> Any:
-    """The module llava_fast._cpu."""
+def _module() -> Any:
     from llava_fast import _cpu
 
     return _cpu
 
 
+def cpu() -> Any:
+    """The module llava_fast._cpu."""
+    return _recorder or _module()
+
+
 @cache
 def element(dtype: torch.dtype) -> Any:
     """The extension's name of a dtype."""
-    return getattr(cpu().DType, str(dtype).removeprefix("torch."))
+    return getattr(_module().DType, str(dtype).removeprefix("torch."))
 
 
 def address(tensor: Tensor | None) -> int:

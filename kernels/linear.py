@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fast.kernels import _linear_triton, registry
+from llava_fast.kernels import _linear_triton, _native, registry
 from llava_fast.kernels._linear_triton import shipped_calls as shipped_calls
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels.registry import Implementation
@@ -260,8 +260,7 @@ def _launch_cpu(
     rows: Tensor | None,
     pre: Tensor | None,
 ) -> None:
-    from llava_fast import _cpu
-
+    _cpu = _native.cpu()
     _cpu.linear(
         *(_cpu_names or _name_cpu(_cpu))[x.dtype, kind, act],
         *x.shape,

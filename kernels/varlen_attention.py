@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.kernels import _varlen_attention_backward as _triton
-from llava_fast.kernels import registry
+from llava_fast.kernels import _native, registry
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels._varlen_attention_backward import shipped_calls as shipped_calls
 from llava_fast.kernels.registry import Implementation
@@ -231,7 +231,7 @@ def _forward_cpu(
     prefix: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    from llava_fast import _cpu
+    _cpu = _native.cpu()
 
     (T, H, d), (K, G, _) = q.shape, k.shape
     out, lse = q.new_empty(T, H, d), q.new_empty(T, H, dtype=torch.float32)

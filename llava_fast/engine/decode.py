@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llava_fast import memory
 from llava_fast.batch import PackedBatch
+from llava_fast.engine.replay import Replay
 from llava_fast.engine.sampling import choose
 from llava_fast.models.decoder import KVCache
 from llava_fast.models.llava import Llava
@@ -52,6 +53,7 @@ def decode(
     cache, first_rows, logits_SV = _prefill(model, batch, sequences, embeds)
     eos = torch.tensor(eos_ids, dtype=torch.int64, device=model.device)
     live = list(range(len(sequences)))
+    step: Stepper | None = None
     while live:
         running = [sequences[s] for s in live]
         picks = choose(
@@ -75,7 +77,11 @@ def decode(
         yield running
         live = [s for s in live if sequences[s].finish_reason is None]
         if live:
-            logits_SV = _step(model, cache, first_rows, [(s, sequences[s]) for s in live])
+            running = [sequences[s] for s in live]
+            if step is None or step.x_SD.shape[0] != len(live):
+                step = Stepper(model, cache, len(live))
+            positions = [seq.prompt_rows + len(seq.tokens) - 1 for seq in running]
+            logits_SV = step([seq.tokens[-1] for seq in running], [first_rows[s] for s in live], positions)
 
 
 @torch.inference_mode()
@@ -106,21 +112,40 @@ def _prefill(model: Llava, batch: PackedBatch, sequences: list[Sequence], embeds
     return cache, first_rows, logits
 
 
-@torch.inference_mode()
-def _step(model: Llava, cache: KVCache, first_rows: list[int], live: list[tuple[int, Sequence]]) -> Tensor:
-    """Feed each live sequence its last token; returns logits [S, V]."""
-    device = model.device
-    count = len(live)
-    position = [seq.prompt_rows + len(seq.tokens) - 1 for _, seq in live]
-    starts = [first_rows[s] for s, _ in live]
-    token_ids = torch.tensor([seq.tokens[-1] for _, seq in live], device=device)
-    step = KVCache(
-        cache.k,
-        cache.v,
-        starts=torch.tensor([*starts, cache.k.shape[1]], dtype=torch.int32, device=device),
-        slots=torch.tensor([a + b for a, b in zip(starts, position, strict=True)], device=device),
-        used=torch.tensor([p + 1 for p in position], dtype=torch.int32, device=device),
-    )
-    cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=device)
-    x_SD = model.language_model.embed_tokens.weight[token_ids].to(model.compute_dtype)
-    return model.logits(model.language_model(x_SD, torch.tensor(position, device=device), cu_seqlens, cache=step))
+class Stepper:
+    """Feeds a number of sequences their last tokens. On the CPU, what the first step launches is recorded, and the others repeat it."""
+
+    @torch.inference_mode()
+    def __init__(self, model: Llava, cache: KVCache, count: int):
+        device, dtype = model.device, model.compute_dtype
+        self.model = model
+        self.weights = [parameter.data for parameter in model.parameters()]  # a recorded launch holds addresses
+        self.x_SD = torch.zeros(count, model.config.decoder.width, dtype=dtype, device=device)
+        self.tables = model.language_model.tables(torch.zeros(count, dtype=torch.int64, device=device), dtype)
+        starts = torch.zeros(count + 1, dtype=torch.int32, device=device)
+        starts[-1] = cache.k.shape[1]
+        slots, used = (torch.zeros(count, dtype=kind, device=device) for kind in (torch.int64, torch.int32))
+        self.cache = KVCache(cache.k, cache.v, starts, slots, used)
+        self.cu_seqlens = torch.arange(count + 1, dtype=torch.int32, device=device)
+        self.replay: Replay | None = None
+
+    def _run(self) -> Tensor:
+        return self.model.logits(self.model.language_model.run(self.x_SD, self.tables, self.cu_seqlens, cache=self.cache))
+
+    @torch.inference_mode()
+    def __call__(self, token_ids: list[int], first_rows: list[int], positions: list[int]) -> Tensor:
+        """Logits [S, V], overwritten by the next call. Sequence s owns cache rows from first_rows[s]; its token is at positions[s]."""
+        model, device = self.model, self.x_SD.device
+        place, start = torch.tensor(positions, device=device), torch.tensor(first_rows, device=device)
+        self.x_SD.copy_(model.language_model.embed_tokens.weight[torch.tensor(token_ids, device=device)])
+        for table, values in zip(self.tables, model.language_model.tables(place, self.x_SD.dtype), strict=True):
+            table.copy_(values)
+        self.cache.starts[:-1] = start
+        torch.add(start, place, out=self.cache.slots)
+        torch.add(place, 1, out=self.cache.used)
+        if device.type != "cpu":
+            return self._run()
+        if self.replay is None:
+            self.replay = Replay(self._run)
+            return self.replay.result
+        return self.replay()

@@ -185,10 +185,24 @@ class Decoder(nn.Module):
 
         The last layer works on the needed rows alone, save its keys and values; the result is that of working on all.
         """
-        if x_TD.device not in self._frequencies:
-            self._frequencies[x_TD.device] = inverse_frequencies(self.config, x_TD.device)
-        inv_freq, scaling = self._frequencies[x_TD.device]
-        tables = rope_tables(positions_T, inv_freq, scaling, x_TD.dtype)
+        return self.run(x_TD, self.tables(positions_T, x_TD.dtype), cu_seqlens, prefix, needed_R, cache)
+
+    def tables(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of the rows, each [T, d/2]."""
+        if positions_T.device not in self._frequencies:
+            self._frequencies[positions_T.device] = inverse_frequencies(self.config, positions_T.device)
+        return rope_tables(positions_T, *self._frequencies[positions_T.device], dtype)
+
+    def run(
+        self,
+        x_TD: Tensor,
+        tables: tuple[Tensor, Tensor],
+        cu_seqlens: Tensor,
+        prefix: Tensor | None = None,
+        needed_R: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """`forward`, with the rows' cos and sin in place of their positions."""
         if cache is None:
             queries = Queries(cu_seqlens, cu_seqlens, None, None, prefix)
         else:
