@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fast.kernels import _varlen_attention_backward as _triton
 from llava_fast.kernels import _native, registry
+from llava_fast.kernels import _varlen_attention_backward as _triton
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels._varlen_attention_backward import shipped_calls as shipped_calls
 from llava_fast.kernels.registry import Implementation

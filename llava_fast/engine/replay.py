@@ -14,11 +14,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llava_fast.kernels import _native
 
-# What torch may do inside a recorded function: it gives memory and names parts of it, and reads or writes none.
-IDLE = {
-    "alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "permute", "reshape", "select",
-    "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_reshape_alias", "_unsafe_view",
-}  # fmt: skip
+ALLOCATE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+def _idle(func: Any, args: Any, out: Any) -> bool:
+    """Whether an operation of torch gave memory or a view of its first argument, and neither read nor wrote any."""
+    if func.overloadpacket.__name__ in ALLOCATE:
+        return True
+    views = out if isinstance(out, (list, tuple)) else [out]
+    if not any(isinstance(part, Tensor) for part in (*args, *views)):  # torch.promote_types
+        return True
+    if func._schema.is_mutable or not args or not isinstance(args[0], Tensor) or not all(isinstance(view, Tensor) for view in views):
+        return False
+    return all(view.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr() for view in views)
 
 
 class _Watch(TorchDispatchMode):
@@ -32,9 +40,8 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.kept.append(out)
-        name = func.overloadpacket.__name__
-        if name not in IDLE:
-            self.busy.add(name)
+        if not _idle(func, args, out):
+            self.busy.add(str(func))
         return out
 
 

@@ -1,0 +1,85 @@
+"""A step that is recorded and repeated gives what running it gives, to the bit; what is more than launches is not repeated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import llava_fast as lf
+from llava_fast.engine.decode import Stepper
+from llava_fast.engine.replay import Replay
+from llava_fast.kernels import _native, registry
+from llava_fast.kernels.linear import linear
+from llava_fast.models.decoder import KVCache
+
+
+def stepper(model: lf.LlavaFast, count: int) -> Stepper:
+    c = model.config.decoder
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(c.layers, 64, c.kv_heads, c.head_dim, generator=generator) for _ in range(2))
+    empty = torch.empty(0)
+    return Stepper(model, KVCache(k, v, empty, empty, empty), count)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_repeated_steps_equal_run_ones(directory, count: int) -> None:
+    model = lf.load(directory, device="cpu", dtype=torch.float32)
+    recorded, run = stepper(model, count), stepper(model, count)
+    for token in range(5):
+        tokens, rows, positions = [token + s for s in range(count)], [20 * s for s in range(count)], [3 + token + s for s in range(count)]
+        ours = recorded(tokens, rows, positions).clone()
+        run.replay = None  # so that it runs again
+        assert torch.equal(ours, run(tokens, rows, positions))
+        assert torch.equal(recorded.cache.k, run.cache.k) and torch.equal(recorded.cache.v, run.cache.v)
+    assert recorded.replay is not None and recorded.replay.exact
+    assert len(recorded.replay.launches) == 9 * model.config.decoder.layers + 3  # the first and last norm, and the head
+
+
+def test_the_reference_is_not_repeated(directory) -> None:
+    model = lf.load(directory, device="cpu", dtype=torch.float32)
+    with registry.use(norm="reference"):
+        step = stepper(model, 1)
+        first = step([5], [0], [3]).clone()
+        assert step.replay is not None and not step.replay.exact
+        assert not torch.equal(step([6], [0], [4]), first)
+
+
+def test_what_is_no_launch_is_seen() -> None:
+    x, w = torch.randn(2, 8), torch.randn(4, 8)
+    with torch.inference_mode():
+        assert Replay(lambda: linear(x, w).view(4, 2)).exact
+        assert not Replay(lambda: linear(x, w) + 1).exact
+        assert not Replay(lambda: linear(x * 2, w)).exact
+        assert not Replay(lambda: linear(torch.arange(16.0).view(2, 8), w)).exact
+        assert not Replay(lambda: linear(x.t().contiguous().t(), w)).exact
+
+
+def test_memory_made_in_a_recording_stays_its_own() -> None:
+    x, w = torch.randn(2, 64), torch.randn(64, 64)
+    with torch.inference_mode():
+        replay = Replay(lambda: linear(linear(linear(x, w), w), w))
+        others = [torch.full((2, 64), 7.0) for _ in range(100)]
+        x.mul_(-1)
+        torch.testing.assert_close(replay(), x @ w.T @ w.T @ w.T, rtol=1e-4, atol=1e-2)
+    assert all(bool((other == 7).all()) for other in others)
+
+
+def test_another_number_of_threads_runs_the_function() -> None:
+    calls: list[int] = []
+    x, w = torch.randn(2, 8), torch.randn(4, 8)
+    with torch.inference_mode():
+        replay = Replay(lambda: (calls.append(0), linear(x, w))[1])
+        replay()
+        assert len(calls) == 1
+        torch.set_num_threads(2)
+        try:
+            replay()
+        finally:
+            torch.set_num_threads(1)
+        assert len(calls) == 2
+
+
+def test_a_recording_ends_where_the_function_fails() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Replay(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    assert _native._recorder is None
