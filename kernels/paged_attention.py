@@ -169,6 +169,7 @@ registry.register(
             default=False,
         ),
     },
+    shapes=((64, "float32"), (128, "bfloat16")),
 )
 
 

@@ -353,6 +353,7 @@ registry.register(
         # Compiled, and never run on hardware: by name only until it is measured.
         "triton": Implementation(_triton.forward, DEVICES, _DTYPES, modules=("triton",), default=False),
     },
+    shapes=((64, "causal grouped"), (72, "full"), (128, "causal")),
 )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_fast import _cpu
 from llava_fast.kernels import registry
-from llava_fast.kernels.activation import _activation, _activation_backward, activation, activation_reference, swiglu, swiglu_pair
+from llava_fast.kernels.activation import _activation, _activation_backward, activation, activation_reference, swiglu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 KINDS = ["gelu", "gelu_pytorch_tanh", "quick_gelu", "silu", "swiglu"]
@@ -121,11 +121,6 @@ def test_layouts_that_are_not_contiguous() -> None:
                 theirs = with_grad(x, kind)
             for our, their in zip(ours, theirs, strict=True):
                 torch.testing.assert_close(our, their, rtol=1e-5, atol=1e-6)
-
-
-def test_pair_equals_one_buffer() -> None:
-    x = torch.randn(5, 64)
-    torch.testing.assert_close(swiglu_pair(*x.chunk(2, dim=-1)), swiglu(x))
 
 
 def test_bad_arguments() -> None:
