@@ -13,6 +13,7 @@ namespace ISA {
 
 struct GradBlock {
     int64_t first, n;               // its lanes
+    bool few;                       // the forward pass went by keys
     int columns;                    // registers
     int64_t lowest, highest;        // limits
     float *query, *grad;            // columns [d, columns * kWidth], the query times scale
@@ -47,10 +48,27 @@ static void add_all_products(const float* weights, const float* rows, int64_t wi
     }
 }
 
+// scores[j, lane] in the order of additions of the forward pass by keys. Of a single key the weight exp(s - lse) is 1 then; in the
+// order of `dots` it was up to 9 roundings from 1.
+static void few_dots(const float* keys, const GradBlock& block, int64_t n, int64_t width, float* scores) {
+    for (int64_t j = 0; j < n; j += kWidth) {
+        const float* rows[kWidth];
+        for (int64_t k = 0; k < kWidth; ++k) rows[k] = keys + least(j + k, n - 1) * kStride;
+        vec products[kWidth];
+        for (int64_t i = 0; i < kWidth; ++i) products[i] = i < block.n ? dot_rows(rows, block.query_rows + i * width, width) : splat(0.0f);
+        transpose(products);
+        for (int64_t k = 0; k < kWidth; ++k) store(scores + (j + k) * kWidth, products[k]);
+    }
+}
+
 template <int N>
 static void backward_tile(const GradBlock& block, const float* keys, const float* values, int64_t first_key, int64_t n, int64_t d,
                           int64_t width, float* weights, float* grads, float* grad_keys, float* grad_values) {
-    dots<N>(keys, block.query, n, d, weights);
+    if (block.few) {
+        few_dots(keys, block, n, width, weights);
+    } else {
+        dots<N>(keys, block.query, n, d, weights);
+    }
     if (block.lowest < first_key + n) hide<N>(weights, first_key, n, block.limit);
     dots<N>(values, block.grad, n, d, grads);
     vec lse[N], delta[N], one[N];
@@ -95,6 +113,13 @@ static void prepare(const AttentionTask& task, const Sequence& seq, int64_t g, i
     gather(task, seq, task.grad_out, g, block.first, block.n, 1.0f, block.grad, lanes);
     LLAVA_FAST_BY_TYPE(task.q.type, gather_rows<T>(task, seq, task.q, g, block.first, block.n, lanes, task.scale, block.query_rows, width);
                        gather_rows<T>(task, seq, task.grad_out, g, block.first, block.n, lanes, 1.0f, block.grad_rows, width);)
+    // delta adds up in the order of dout . v, so that the difference of the two is 0 where a lane sees one key.
+    gather(task, seq, task.out, g, block.first, block.n, 1.0f, block.grad_query, lanes);
+    for (int64_t i = 0; i < lanes; i += kWidth) {
+        vec sum = splat(0.0f);
+        for (int64_t c = 0; c < d; ++c) sum = fma(load(block.grad_query + c * lanes + i), load(block.grad + c * lanes + i), sum);
+        store(block.delta + i, sum);
+    }
     for (int64_t i = 0; i < up(d, kRows) * lanes; ++i) block.grad_query[i] = 0.0f;
     block.lowest = seq.keys();
     block.highest = 0;
@@ -107,15 +132,6 @@ static void prepare(const AttentionTask& task, const Sequence& seq, int64_t g, i
         block.highest = most(block.highest, limit);
         // Without a key, and for columns past the last lane, every weight is 0.
         block.lse[i] = i >= block.n || lse == -__builtin_inff() ? 3e38f : lse;
-        block.delta[i] = 0.0f;
-        if (i < block.n) {
-            LLAVA_FAST_BY_TYPE(
-                task.out.type, vec sum = splat(0.0f); const T* a = lane_row<T>(task, seq, task.out, g, lane);
-                const T* b = lane_row<T>(task, seq, task.grad_out, g, lane); for (int64_t c = 0; c < d; c += kWidth) {
-                    const int64_t left = least(kWidth, d - c);
-                    sum = fma(load(a + c, left), load(b + c, left), sum);
-                } block.delta[i] = ISA::sum(sum);)
-        }
     }
 }
 
@@ -155,6 +171,7 @@ static void backward_family(const AttentionTask& task, int64_t family, int64_t g
             block.first = b * kLanes;
             block.n = least(kLanes, lanes - block.first);
             block.columns = static_cast<int>((block.n + kWidth - 1) / kWidth);
+            block.few = lanes <= kFewLanes;
             block.query = states + b * state;
             block.grad = block.query + d * kLanes;
             block.query_rows = block.grad + d * kLanes;

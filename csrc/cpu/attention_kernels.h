@@ -117,32 +117,6 @@ static void forward_lanes(const AttentionTask& task, const Piece& piece) {
     }
 }
 
-// Lane k of the result is the product of row k with q.
-template <typename T>
-static inline vec dot_rows(const T* const* rows, const float* q, int64_t d) {
-    vec sum[kWidth];
-#pragma GCC unroll 16
-    for (int k = 0; k < kWidth; ++k) sum[k] = splat(0.0f);
-    const int64_t whole = d / kWidth * kWidth;
-    for (int64_t c = 0; c < whole; c += kWidth) {
-        const vec x = load(q + c);
-#pragma GCC unroll 16
-        for (int k = 0; k < kWidth; ++k) sum[k] = fma(x, load(rows[k] + c), sum[k]);
-    }
-    if (whole < d) {
-        const vec x = load(q + whole);
-#pragma GCC unroll 16
-        for (int k = 0; k < kWidth; ++k) sum[k] = fma(x, load(rows[k] + whole, d - whole), sum[k]);
-    }
-    transpose(sum);
-#pragma GCC unroll 4
-    for (int step = kWidth / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
-        for (int k = 0; k < step; ++k) sum[k] = sum[k] + sum[k + step];
-    }
-    return sum[0];
-}
-
 // to[c] += sum_k weight[k] * rows[k][c] for columns [c, c + U * kWidth), the last of which may be cut off by d.
 template <int U, typename T>
 static inline void add_columns(const T* const* rows, const float* weight, int64_t n, int64_t c, int64_t d, float* to) {
