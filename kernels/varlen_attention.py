@@ -12,7 +12,7 @@ its prefix. Source: FlashAttention-2 (Dao 2023, arXiv 2307.08691), sections 2.3 
 Shape letters: T query rows, K key rows, S sequences, H heads, G key-value heads (H a multiple of G), d head dim.
 q is of any floating dtype, k and v of the same or of a narrower one (a bf16 cache). Accumulation and lse: fp32, fp64 for fp64.
 
-An implementation of ours is a pair of launchers, in _LAUNCHERS; every one has this interface (tensors as in varlen_attention;
+An implementation is a pair of launchers, in _LAUNCHERS; every one has this interface (tensors as in varlen_attention;
 q, k, v and grad_out have a contiguous last dimension and any other strides, the index tensors are contiguous, scale is a number):
 
     forward(q, k, v, cu_seqlens_q, cu_seqlens_k, causal, q_index, seqused_k, prefix, scale) -> out, lse
@@ -36,6 +36,7 @@ from torch import Tensor
 
 from llava_fast.kernels import _native, registry
 from llava_fast.kernels import _varlen_attention_backward as _triton
+from llava_fast.kernels import _varlen_attention_others as _others
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels._varlen_attention_backward import shipped_calls as shipped_calls
 from llava_fast.kernels.registry import Implementation
@@ -269,11 +270,12 @@ def _backward_cpu(
     return grads
 
 
-# Forward and backward of each implementation of ours. The reference is here for torch.compile; elsewhere autograd sees through it.
+# Forward and backward of each implementation. The reference is here for torch.compile; elsewhere autograd sees through it.
 _LAUNCHERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "cpu": (_forward_cpu, _backward_cpu),
     "reference": (_forward_reference, _backward_reference),
     "triton": (_triton.forward, _triton.backward),
+    **_others.LAUNCHERS,
 }
 
 
@@ -352,6 +354,10 @@ registry.register(
         "reference": Implementation(varlen_attention_reference),
         # Compiled, and never run on hardware: by name only until it is measured.
         "triton": Implementation(_triton.forward, DEVICES, _DTYPES, modules=("triton",), default=False),
+        **{
+            name: Implementation(_LAUNCHERS[name][0], ("cuda",), _others.HALVES, _others.SERVES[name], (module,), default=False)
+            for name, module in _others.MODULES.items()
+        },
     },
     shapes=((64, "causal grouped"), (72, "full"), (128, "causal")),
 )

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 import llava_fast as lf
-from bench.cases import CASES, Case
-from bench.correctness import check
+from bench.cases import CASES, HALVES, Case
+from bench.correctness import check, results, wider
 from llava_fast.kernels import registry
 
 PAIRS = [pytest.param(case, dtype, id=f"{case.name}-{str(dtype)[6:]}") for case in CASES for dtype in case.dtypes]
@@ -24,6 +24,23 @@ def test_against_fp64(case: Case, dtype: torch.dtype, machine: tuple[str, str]) 
     if implementation not in registry._ops.get(case.op, ()):
         pytest.skip(f"{case.op} has no {implementation} implementation")
     check(case, device, dtype, implementation, small=device == "cpu")
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "xformers", "torch"])
+@pytest.mark.parametrize(
+    ("case", "dtype"), [pair for pair in PAIRS if pair.values[0].op == "varlen_attention" and pair.values[1] in HALVES]
+)
+def test_attention_of_other_libraries(case: Case, dtype: torch.dtype, name: str, machine: tuple[str, str]) -> None:
+    """Where they are installed. Their bits may differ between runs, and xformers waits for the device."""
+    inputs = case.inputs(machine[0], dtype, machine[0] == "cpu")
+    try:
+        ours = results(case, inputs, name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    truth = results(case, {key: wider(value) for key, value in inputs.items()}, "reference")
+    for our, plain, exact in zip(ours, results(case, inputs, "reference"), truth, strict=True):
+        bound = 2 * (plain - exact).abs().max() + 2 * torch.finfo(dtype).eps * exact.abs().max()
+        assert (our - exact).abs().max() <= bound
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
