@@ -51,6 +51,16 @@ def test_generate_json(checkpoints, pictures, capsys, monkeypatch):
     assert len(answer["token_ids"]) == 5 and answer["visual_tokens"] == 9 and answer["error"] is None and answer["load_seconds"] > 0
 
 
+def test_generate_quantised(checkpoints, pictures, capsys, monkeypatch):
+    command = ["llava-fast", "generate", "-m", str(checkpoints["qwen"]), "-i", str(pictures[0]), "--quantise", "int8", "--json"]
+    monkeypatch.setattr(sys, "argv", [*command, "--max-new-tokens", "5", "What?"])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    assert not exit.value.code
+    expected = lf.generate(lf.load(checkpoints["qwen"], quantise="int8"), ask("What?", pictures[:1], []), max_new_tokens=5)
+    assert json.loads(capsys.readouterr().out)["token_ids"] == expected.token_ids
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -26,6 +26,13 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_case_calls_its_op(case: Case) -> None:
+    """A name of an argument that the op no longer has would otherwise show on a GPU, as a row without a figure."""
+    with registry.use(**{case.op: "reference"}), torch.no_grad():
+        case.run(**case.inputs("cpu", torch.float32, True, 0))
+
+
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     done = run("-m", "bench.gpu", "--dry-run", "--out", str(tmp_path), "--stages", "build,kernels,model")

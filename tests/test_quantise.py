@@ -9,6 +9,7 @@ import torch
 import llava_fast as lf
 from llava_fast.batch import Sample, pack
 from llava_fast.kernels.linear import Quantised
+from llava_fast.models.layers import Linear
 from llava_fast.quantise import is_quantised, quantise_model
 from llava_fast.training.loop import fit
 
@@ -59,6 +60,23 @@ def test_generates_and_is_smaller(checkpoints, quantise: str) -> None:
     assert len(completion.token_ids) == 4 and completion.finish_reason == "length"
 
 
+@pytest.mark.parametrize(("kind", "bytes_a_weight", "group"), [("int8", 1.0, None), ("int4", 0.5, 32), ("fp8", 1.0, None)])
+@pytest.mark.parametrize("model", TINY)
+def test_bytes_held(checkpoints, model: str, kind: str, bytes_a_weight: float, group: int | None) -> None:
+    """Whole storages are counted: a bias or a norm that lay in the buffer of the old weights would keep all of it."""
+    loaded = lf.load(checkpoints[model], quantise=kind)
+    layers = loaded.language_model.layers
+    linears = [module for module in layers.modules() if isinstance(module, Linear)]
+    shapes = [*((linear.out_features, linear.in_features) for linear in linears), tuple(loaded.head_weight.weight.shape)]
+    shapes[-1] = (shapes[-1][0], loaded.config.decoder.width)
+    expected = sum(int(O * I * bytes_a_weight) + 4 * O * (-(-I // group) if group else 1) for O, I in shapes)
+    held = [tensor for linear in linears for tensor in (linear.weight.weight, linear.weight.scale)]
+    held += [loaded.head_weight.weight, loaded.head_weight.scale]
+    assert sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values()) == expected
+    kept = list(layers.parameters())
+    assert sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}.values()) == sum(t.nbytes for t in kept)
+
+
 def test_linears_that_share_their_input_stay_side_by_side(checkpoints) -> None:
     attention = lf.load(checkpoints["qwen"], quantise="int8").language_model.layers[0].self_attn
     q, k = attention.q_proj.weight, attention.k_proj.weight
@@ -75,6 +93,9 @@ def test_what_a_quantised_model_cannot_do(checkpoints, tmp_path) -> None:
     quantise_model(model, "int8", group=32)
     with pytest.raises(ValueError, match="quantised already"):
         quantise_model(model, "int4")
+    with pytest.raises(ValueError, match="a quantised model stays on cpu, got meta: load it there, with device='meta'"):
+        model.to("meta")
+    assert model.device.type == "cpu" and model.language_model.norm.weight.device.type == "cpu"
     with pytest.raises(ValueError, match="a quantised model is not saved"):
         model.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()

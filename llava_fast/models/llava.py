@@ -54,6 +54,10 @@ class Llava(nn.Module):
         self.language_model.join()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Llava:
+        if isinstance(self.head_weight, Quantised):  # which are no parameters: they would stay behind
+            here, there = self.device, fn(torch.empty(0, device=self.device)).device
+            if here != there:
+                raise ValueError(f"a quantised model stays on {here}, got {there}: load it there, with device={str(there)!r}")
         super()._apply(fn, recurse)  # `.to()` and the like give every parameter a storage of its own
         self.join()
         return self
