@@ -140,7 +140,8 @@ def _explain(op: str, device: str, dtype: torch.dtype, shape: Hashable) -> Choic
     others = {}
     for name, implementation in _ops[op].items():
         if name != chosen:
-            idle = "comes later" if implementation.default else "not a default: it runs when it is asked for"
+            ahead = f"{chosen} was asked for" if reason == "asked for" else f"{chosen} comes first"
+            idle = ahead if implementation.default else "not a default: it runs when it is asked for"
             others[name] = implementation.obstacle(device, dtype, shape) or idle
     return Choice(op, device, dtype, shape, chosen, reason.partition(";")[0], others)
 

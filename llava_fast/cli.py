@@ -181,11 +181,18 @@ def show_kernels(as_json: bool) -> None:
     if as_json:
         print(json.dumps([{**dataclasses.asdict(choice), "dtype": str(choice.dtype).removeprefix("torch.")} for choice in choices]))
         return
+    print("op (device, dtype of the input; kinds of weights, widths or masks): what runs, why; then why the others do not")
+    # Shape classes with the same answer share a line.
+    groups: dict[tuple[Any, ...], list[str]] = {}
     for choice in choices:
-        shape = "any shape" if choice.shape is None else f"shape class {choice.shape}"
-        print(f"{choice.op} ({device}, {str(choice.dtype).removeprefix('torch.')}, {shape}): {choice.name}, {choice.reason}")
-        for name, why in choice.others.items():
-            print(f"    {name}: {why}")
+        key = choice.op, str(choice.dtype).removeprefix("torch."), choice.name, choice.reason, tuple(choice.others.items())
+        shape = choice.shape if isinstance(choice.shape, tuple) else () if choice.shape is None else (choice.shape,)
+        groups.setdefault(key, []).append(" ".join(str(part) for part in shape))
+    for (op, dtype, name, reason, others), shapes in groups.items():
+        kinds = f"; {', '.join(shapes)}" if any(shapes) else ""
+        print(f"{op} ({device}, {dtype}{kinds}): {name}, {reason}")
+        for other, why in others:
+            print(f"    {other}: {why}")
 
 
 @app.command()

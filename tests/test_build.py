@@ -37,9 +37,13 @@ def load_setup() -> ModuleType:
     return module
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LLAVA_FAST_CUDA", "LLAVA_FAST_KERNELS")}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True)
+def environment() -> dict[str, str]:
+    """Of this process, without what would show it this tree or choose for it."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LLAVA_FAST_CUDA", "LLAVA_FAST_KERNELS")}
+
+
+def run(*command: str | Path, cwd: Path, **changed: str) -> str:
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env={**environment(), **changed}, capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
@@ -63,7 +67,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return sdist, wheel
 
 
-def environment_with(package: Path, folder: Path, **environment: str) -> Path:
+def environment_with(package: Path, folder: Path, **changed: str) -> Path:
     """The Python of a new environment that has `package` installed and otherwise sees the packages of this one."""
     run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
     python = folder / "bin" / "python"
@@ -73,7 +77,7 @@ def environment_with(package: Path, folder: Path, **environment: str) -> Path:
     paths = [path for path in [*site.getsitepackages(), site.getusersitepackages()] if Path(path).exists()]
     (own / "parent.pth").write_text("\n".join(paths) + "\n")
     install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "--no-build-isolation", package]
-    run(*install, cwd=folder, **environment)
+    run(*install, cwd=folder, **changed)
     return python
 
 
@@ -116,7 +120,7 @@ def test_sdist_installs_without_a_compiler(built: tuple[Path, Path], tmp_path: P
     python = environment_with(built[0], tmp_path / "environment", CC="false", CXX="false", LLAVA_FAST_CUDA="0")
     assert run(python, "-c", CHECK, cwd=tmp_path).split() == ["reference"]
     asked = subprocess.run(
-        [python, "-c", CHECK], cwd=tmp_path, env={**os.environ, "LLAVA_FAST_KERNELS": "spatial_pool=cpu"}, capture_output=True
+        [python, "-c", CHECK], cwd=tmp_path, env={**environment(), "LLAVA_FAST_KERNELS": "spatial_pool=cpu"}, capture_output=True
     )
     assert asked.returncode == 1 and b"llava_fast._cpu does not import" in asked.stderr
 

@@ -154,8 +154,10 @@ def test_info_kernels():
     told = run("info", "--kernels")
     assert told.returncode == 0, told.stderr
     lines = told.stdout.splitlines()
-    place = lines.index("spatial_pool (cpu, float32, any shape): cpu, default")
-    assert {"    reference: comes later", "    cuda: it runs on cuda, not on cpu"} <= set(lines[place + 1 : place + 5])
+    place = lines.index("spatial_pool (cpu, float32): cpu, default")
+    assert {"    reference: cpu comes first", "    cuda: it runs on cuda, not on cpu"} <= set(lines[place + 1 : place + 5])
+    assert "linear (cpu, float32; fp8): reference, default" in lines  # a line of its own: another implementation
+    assert [line.partition(" (")[0] for line in lines[1:] if line[0] != " "].count("norm") == 1  # one line for all widths
     choices = {choice["op"]: choice for choice in json.loads(run("info", "--kernels", "--json").stdout)}
     assert choices["spatial_pool"]["name"] == "cpu" and choices["spatial_pool"]["others"]["cuda"] == "it runs on cuda, not on cpu"
 

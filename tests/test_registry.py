@@ -118,11 +118,11 @@ def test_explain_says_what_runs_and_why_the_others_do_not() -> None:
     toy = {choice.shape: choice for choice in registry.explain("cuda", [torch.bfloat16]) if choice.op == "toy"}
     assert (toy[64].name, toy[64].reason, toy[72].name) == ("triton", "default", "reference")
     assert toy[72].others["triton"] == "it does not serve shape class 72"
-    assert toy[64].others["cpu"] == "it runs on cpu, not on cuda" and toy[64].others["reference"] == "comes later"
+    assert toy[64].others["cpu"] == "it runs on cpu, not on cuda" and toy[64].others["reference"] == "triton comes first"
     assert toy[64].others["cuda"].startswith("not a default") and "does not import" in toy[64].others["flash_attn"]
     with registry.use(toy="cuda"):
         asked = next(choice for choice in registry.explain("cuda", [torch.bfloat16]) if choice.op == "toy")
-        assert (asked.name, asked.reason, asked.others["triton"]) == ("cuda", "asked for", "comes later")
+        assert (asked.name, asked.reason, asked.others["triton"]) == ("cuda", "asked for", "cuda was asked for")
 
 
 def test_explain_knows_every_op() -> None:
