@@ -1,42 +1,49 @@
 """Norms, activations and the rotary embedding against torch's ops on 32 MB, and on one row as in decoding.
 
-They move bytes: the limit is the copy bandwidth, counting what must be read and written once. Both sides allocate their outputs, from
-memory that the process keeps, as models loaded by lf.load do: with page faults the largest part of the time would be theirs.
+They move bytes: the limit is the copy bandwidth, counting what must be read and written once, of a copy into memory that is there.
+Both sides allocate their outputs, from memory that the process keeps: page by page from the system (test_new_memory) takes three times
+as long as the op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.conftest import system_maps
 from llava_fast.kernels.activation import activation, activation_reference, swiglu
-from llava_fast.kernels.norm import add_rms_norm, layer_norm, norm_reference, rms_norm
-from llava_fast.kernels.rope import rope_qk, rope_reference
-from llava_fast.memory import keep_freed_memory
+from llava_fast.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, norm_reference, rms_norm
+from llava_fast.kernels.rope import rope_into_cache, rope_into_cache_reference, rope_qk, rope_reference
 
-BYTES = 24 << 20  # of x: outputs past 32 MB are mapped and faulted in anew at each call
+BYTES = 32 << 20  # of x, at least
+
+
+def added(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    return norm_reference(x, x, w, b, 1e-6)[0]
+
+
 Op = Callable[..., object]
 # name: width, ours, torch's, arrays of x's size that are moved forward and backward
 CASES: dict[str, tuple[int, Op, Op, float, float]] = {
     "rms_norm": (1024, lambda x, w, b: rms_norm(x, w, 1e-6), lambda x, w, b: F.rms_norm(x, w.shape, w, 1e-6), 2, 3),
     "layer_norm": (1152, lambda x, w, b: layer_norm(x, w, b, 1e-6), lambda x, w, b: F.layer_norm(x, w.shape, w, b, 1e-6), 2, 3),
-    "add_rms_norm": (1024, lambda x, w, b: add_rms_norm(x, x, w, 1e-6)[0], lambda x, w, b: norm_reference(x, x, w, None, 1e-6)[0], 3, 3),
+    "add_rms_norm": (1024, lambda x, w, b: add_rms_norm(x, x, w, 1e-6)[0], lambda x, w, b: added(x, w, None), 3, 3),
+    "add_layer_norm": (1152, lambda x, w, b: add_layer_norm(x, x, w, b, 1e-6)[0], lambda x, w, b: added(x, w, b), 3, 3),
     "swiglu": (5632, lambda x, w, b: swiglu(x), lambda x, w, b: activation_reference(x, "swiglu"), 1.5, 2.5),
     **{
         kind: (4304, lambda x, w, b, kind=kind: activation(kind)(x), lambda x, w, b, kind=kind: activation_reference(x, kind), 2, 3)
-        for kind in ("gelu", "gelu_pytorch_tanh", "quick_gelu")
+        for kind in ("gelu", "gelu_pytorch_tanh", "quick_gelu", "silu")
     },
 }
+pytestmark = pytest.mark.usefixtures("kept_memory")
 
 
-@pytest.fixture(autouse=True)
-def memory_that_is_there() -> Iterator[None]:
-    keep_freed_memory()
-    yield
+def rows_for(width: int, dtype: torch.dtype) -> int:
+    return -(-BYTES // (width * dtype.itemsize))
 
 
 def tensors(rows: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,7 +55,7 @@ def tensors(rows: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tens
 def test_forward(paired, name: str, dtype: str) -> None:
     D, ours, theirs, moved, _ = CASES[name]
     kind = getattr(torch, dtype)
-    x, w, b = tensors(BYTES // D // kind.itemsize, D, kind)
+    x, w, b = tensors(rows_for(D, kind), D, kind)
     paired(lambda: ours(x, w, b), lambda: theirs(x, w, b), bytes_moved=moved * x.nbytes)
 
 
@@ -57,21 +64,51 @@ def test_forward(paired, name: str, dtype: str) -> None:
 def test_backward(paired, name: str, dtype: str) -> None:
     D, ours, theirs, _, moved = CASES[name]
     kind = getattr(torch, dtype)
-    x, w, b = (t.requires_grad_() for t in tensors(BYTES // D // kind.itemsize, D, kind))
-    inputs = (x, w, b) if name == "layer_norm" else (x, w) if "norm" in name else (x,)
+    x, w, b = (t.requires_grad_() for t in tensors(rows_for(D, kind), D, kind))
+    inputs = (x, w, b) if "layer_norm" in name else (x, w) if "norm" in name else (x,)
     outputs: list[Tensor] = [op(x, w, b) for op in (ours, theirs)]  # type: ignore[misc]
     grad = torch.randn_like(outputs[0])
     runs = [lambda out=out: torch.autograd.grad(out, inputs, grad, retain_graph=True) for out in outputs]  # type: ignore[misc]
     paired(*runs, bytes_moved=moved * x.nbytes)
 
 
+def rope_inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q and k of 32 MB together and v, views of the fused product; cos and sin."""
+    H, d = 16, 64
+    T = rows_for(2 * H * d, dtype)
+    q, k, v = (part.unflatten(-1, (H, d)) for part in torch.randn(T, 3 * H * d).to(dtype).split(H * d, dim=-1))
+    return q, k, v, torch.randn(T, d // 2).to(dtype), torch.randn(T, d // 2).to(dtype)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rope(paired, dtype: str) -> None:
-    kind = getattr(torch, dtype)
-    T, H, d = BYTES // 3072 // kind.itemsize, 16, 64
-    q, k, _ = (part.unflatten(-1, (H, d)) for part in torch.randn(T, 3 * H * d).to(kind).split(H * d, dim=-1))
-    cos, sin = torch.randn(T, d // 2).to(kind), torch.randn(T, d // 2).to(kind)
-    paired(lambda: rope_qk(q, k, cos, sin), lambda: rope_reference(q, k, cos, sin), bytes_moved=4 * q.numel() * kind.itemsize)
+def test_rope(paired, dtype: str, direction: str) -> None:
+    q, k, _, cos, sin = rope_inputs(getattr(torch, dtype))
+    moved = 4 * q.numel() * q.element_size()
+    if direction == "forward":
+        paired(lambda: rope_qk(q, k, cos, sin), lambda: rope_reference(q, k, cos, sin), bytes_moved=moved)
+        return
+    q, k = q.contiguous().requires_grad_(), k.contiguous().requires_grad_()
+    grads = torch.randn_like(q), torch.randn_like(k)
+    outs = rope_qk(q, k, cos, sin), rope_reference(q, k, cos, sin)
+    runs = [lambda out=out: torch.autograd.grad(out, (q, k), grads, retain_graph=True) for out in outs]
+    paired(*runs, bytes_moved=moved)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rope_into_cache(paired, dtype: str) -> None:
+    q, k, v, cos, sin = rope_inputs(getattr(torch, dtype))
+    cache, slots = torch.zeros(2, *k.shape, dtype=k.dtype), torch.randperm(len(k))
+    arguments = (q, k, v, cos, sin, cache[0], cache[1], slots, None, None)
+    moved = 6 * q.numel() * q.element_size()
+    paired(lambda: rope_into_cache(*arguments), lambda: rope_into_cache_reference(*arguments), bytes_moved=moved)
+
+
+def test_new_memory(paired) -> None:
+    """Outputs past 32 MB as glibc gives them by default: mapped by the system at each call, and faulted in."""
+    x = torch.randn(rows_for(4304, torch.float32) + 1, 4304)
+    with system_maps():
+        paired(lambda: activation("gelu")(x), lambda: activation_reference(x, "gelu"), bytes_moved=2 * x.nbytes)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,6 +1,6 @@
-"""Spatial pooling of 16 views of 27 x 27 against the reference in torch; forward, and backward alone.
+"""Spatial pooling of views of 27 x 27, 32 MB or more, against the reference in torch; forward, and backward alone.
 
-The op moves bytes: its limit is the copy bandwidth, counting what it must read and write once.
+The op moves bytes: its limit is the copy bandwidth, counting what it must read and write once. Outputs lie in memory that is kept.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import torch
 from llava_fast.kernels import registry
 from llava_fast.kernels.spatial_pool import PoolMode, spatial_pool, spatial_pool_reference
 
-K, SIDE = 16, 27
+BYTES, SIDE = 32 << 20, 27
 SIZES: dict[str, tuple[int, int]] = {"average": (13, 13), "max": (13, 13), "bilinear": (14, 14)}
+pytestmark = pytest.mark.usefixtures("kept_memory")
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("mode", "D"), [("average", 1024), ("average", 4096), ("max", 1024), ("bilinear", 1024)])
 def test_spatial_pool(paired, mode: PoolMode, D: int, dtype: str, direction: str) -> None:
-    size = SIZES[mode]
-    table = torch.randn(K * SIDE * SIDE, D).to(getattr(torch, dtype)).requires_grad_(direction == "backward")
+    size, kind = SIZES[mode], getattr(torch, dtype)
+    K = -(-BYTES // (SIDE * SIDE * D * kind.itemsize))
+    table = torch.randn(K * SIDE * SIDE, D).to(kind).requires_grad_(direction == "backward")
     source = torch.arange(K * SIDE * SIDE).view(K, SIDE, SIDE)
     rows = K * size[0] * size[1]
     cells = K * (SIDE if mode == "bilinear" else SIDE // 2 * 2) ** 2

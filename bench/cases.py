@@ -18,8 +18,10 @@ from torch import Tensor
 from llava_fast.kernels.activation import swiglu
 from llava_fast.kernels.linear import linear, quantise
 from llava_fast.kernels.linear_cross_entropy import linear_cross_entropy
-from llava_fast.kernels.norm import layer_norm, rms_norm
-from llava_fast.kernels.rope import rope
+from llava_fast.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llava_fast.kernels.patchify import patchify
+from llava_fast.kernels.rope import rope, rope_into_cache
+from llava_fast.kernels.sampling import sample
 from llava_fast.kernels.spatial_pool import spatial_pool
 from llava_fast.kernels.varlen_attention import varlen_attention
 
@@ -168,6 +170,26 @@ def _norm(name: str, T: int, D: int) -> Case:
     return Case("norm", f"{name}_norm {T}x{D}", make, run, grads, ALL, lambda x, **_: (0.0, 2 * moved(x)), baselines)
 
 
+def _add_norm(name: str, T: int, D: int) -> Case:
+    centred = name == "layer"
+
+    def make(m: Make) -> dict[str, Any]:
+        named = dict(x=m.normal(m.rows(T), D), residual=m.normal(m.rows(T), D), weight=m.normal(D, scale=0.1) + 1)
+        return {**named, "bias": m.normal(D, scale=0.1)} if centred else named
+
+    def run(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weight, 1e-6) if bias is None else add_layer_norm(x, residual, weight, bias, 1e-6)
+
+    def eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = x + residual
+        normed = F.rms_norm(x, weight.shape, weight, 1e-6) if bias is None else F.layer_norm(x, weight.shape, weight, bias, 1e-6)
+        return normed, x
+
+    grads = ("x", "residual", "weight", "bias") if centred else ("x", "residual", "weight")
+    baselines = {"torch": eager, "torch.compile": compiled(eager)}
+    return Case("norm", f"add_{name}_norm {T}x{D}", make, run, grads, ALL, lambda x, **_: (0.0, 4 * moved(x)), baselines)
+
+
 def _swiglu(T: int, width: int) -> Case:
     def eager(x: Tensor) -> Tensor:
         gate, up = x.chunk(2, -1)
@@ -198,6 +220,94 @@ def _rope(T: int, H: int, d: int) -> Case:
 
     baselines = {"torch": eager, "torch.compile": compiled(eager)}
     return Case("rope", f"rope {T}x{H}x{d}", make, run, ("x",), ALL, lambda x, cos, sin: (0.0, 2 * moved(x) + moved(cos, sin)), baselines)
+
+
+def _rope_into_cache(T: int, H: int, G: int, d: int) -> Case:
+    """Rows written to the cache in another order; what comes back is q' and the cache."""
+
+    def make(m: Make) -> dict[str, Any]:
+        rows = m.rows(T)
+        angles = torch.outer(torch.arange(rows), 1e-3 ** (torch.arange(d // 2) / (d // 2)))
+        named = dict(q=m.normal(rows, H, d), k=m.normal(rows, G, d), v=m.normal(rows, G, d), cache=m.normal(2, rows + 8, G, d))
+        named |= dict(cos=angles.cos().to(m.device, m.dtype), sin=angles.sin().to(m.device, m.dtype))
+        return {**named, "slots": torch.arange(rows - 1, -1, -1, device=m.device)}
+
+    def run(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
+        return rope_into_cache(q, k, v, cos, sin, cache[0], cache[1], slots), cache
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, cache: Tensor, cos: Tensor, sin: Tensor, slots: Tensor) -> Tensor:
+        def rotated(x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            return torch.cat([a * cos[:, None] - b * sin[:, None], b * cos[:, None] + a * sin[:, None]], -1)
+
+        cache[0, slots], cache[1, slots] = rotated(k), v
+        return rotated(q)
+
+    return Case(
+        "rope",
+        f"rope_into_cache {T}x{H}x{G}x{d}",
+        make,
+        run,
+        work=lambda q, k, v, cos, sin, **_: (0.0, 2 * moved(q, k, v) + moved(cos, sin)),
+        baselines={"torch": eager},
+    )
+
+
+def _patchify(N: int, S: int, uint8: bool) -> Case:
+    def make(m: Make) -> dict[str, Any]:
+        n = 1 if m.small else N
+        return dict(views=m.integers(256, n, 3, S, S).to(torch.uint8), like=m.normal(1)) if uint8 else dict(views=m.normal(n, 3, S, S))
+
+    def run(views: Tensor, like: Tensor | None = None) -> Tensor:
+        return patchify(views, 14, dtype=(views if like is None else like).dtype)
+
+    def eager(views: Tensor, like: Tensor | None = None) -> Tensor:
+        if like is not None:
+            views = (views.float() / 255 - 0.5) / 0.5
+        grid = S // 14
+        rows = views[:, :, : grid * 14, : grid * 14].unflatten(3, (grid, 14)).unflatten(2, (grid, 14)).permute(0, 2, 4, 1, 3, 5)
+        return F.pad(rows.reshape(len(views), grid * grid, 588).to((views if like is None else like).dtype), (0, 4))
+
+    return Case(
+        "patchify",
+        f"patchify {N}x{S} {'uint8' if uint8 else 'float'}",
+        make,
+        run,
+        () if uint8 else ("views",),
+        work=lambda views, like=None: (0.0, moved(views) + views.numel() * (views if like is None else like).element_size()),
+        baselines={"torch": eager, "torch.compile": compiled(eager)},
+    )
+
+
+def _sampling(S: int, V: int, nucleus: bool) -> Case:
+    """Rows of the design's vocabulary, every second one greedy; with top-k, top-p and a penalty, or the temperature alone."""
+
+    def make(m: Make) -> dict[str, Any]:
+        vocabulary = 1000 if m.small else V
+        # The reference in fp64 must draw the same token: the noise is far from ties.
+        named = dict(logits=m.normal(S, vocabulary, scale=4.0).float(), temperature=torch.arange(S, device=m.device) % 2 * 0.7)
+        named |= dict(seeds=torch.arange(S, device=m.device), steps=torch.full((S,), 5, device=m.device))
+        if not nucleus:
+            return named
+        full = lambda value: torch.full((S,), value, device=m.device)  # noqa: E731
+        counts = m.integers(2, S, vocabulary).int()
+        return {**named, "top_k": full(50), "top_p": full(0.9), "repetition_penalty": full(1.1), "counts": counts}
+
+    def run(logits: Tensor, **settings: Tensor) -> Tensor:
+        return sample(logits.float(), **{name: x.float() if x.is_floating_point() else x for name, x in settings.items()})
+
+    def eager(logits: Tensor, temperature: Tensor, **_: Tensor) -> Tensor:
+        return torch.multinomial(torch.softmax(logits / temperature.clamp_min(1e-5)[:, None], -1), 1)[:, 0]
+
+    return Case(
+        "sampling",
+        f"sample {'top-k top-p' if nucleus else 'temperature'} {S}x{V}",
+        make,
+        run,
+        dtypes=(torch.float32,),
+        work=lambda logits, **_: (0.0, moved(logits)),
+        baselines={} if nucleus else {"torch": eager},
+    )
 
 
 def _pool(mode: str, size: int, K: int = 64) -> Case:
@@ -300,10 +410,18 @@ CASES = [
     _norm("layer", 64 * VIEW, 1152),
     _norm("rms", 16_384, 1024),
     _norm("rms", 16_384, 4096),
+    _add_norm("layer", 64 * VIEW, 1152),
+    _add_norm("rms", 16_384, 4096),
     _swiglu(16_384, 2816),
     _swiglu(8192, 11_008),
     _rope(16_384, 16, 64),
     _rope(8192, 32, 128),
+    _rope_into_cache(16_384, 16, 16, 64),
+    _rope_into_cache(64, 32, 32, 128),
+    _patchify(64, 384, uint8=True),
+    _patchify(64, 384, uint8=False),
+    _sampling(64, 152_000, nucleus=False),
+    _sampling(64, 152_000, nucleus=True),
     *[_quantised(kind, 1, 11_008, 4096) for kind in ("int8", "int4", "fp8")],
     *[_quantised(kind, 8, 4096, 11_008) for kind in ("int8", "int4", "fp8")],
     _linear("gelu", 64 * VIEW, 4304, 1152, act="gelu_pytorch_tanh"),
@@ -319,6 +437,8 @@ CASES = [
     _loss("rows", 123, 1152, 1003, reduction="none", label_smoothing=0.1, z_loss=1e-4),
     _norm("layer", 5, 1154),
     _norm("rms", 1, 1024),
+    _add_norm("layer", 5, 1154),
+    _rope_into_cache(3, 4, 2, 80),
     _swiglu(5, 123),
     _rope(5, 3, 72),
     _linear("odd", 5, 123, 588, residual=True),

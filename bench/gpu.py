@@ -99,9 +99,10 @@ def steps(case: Case, function: Callable[..., Any], inputs: list[dict[str, Any]]
 
     def both(i: int) -> object:
         out = function(**leaves[i])
+        outs = [out] if isinstance(out, torch.Tensor) else list(out)
         if not weights:
-            weights.append(torch.ones_like(out))
-        return torch.autograd.grad(out, [leaves[i][name] for name in case.grads], weights[0])
+            weights.extend(torch.ones_like(one) for one in outs)
+        return torch.autograd.grad(outs, [leaves[i][name] for name in case.grads], weights)
 
     return both
 

@@ -64,6 +64,22 @@ def test_fp32_over_the_whole_range(kind: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS[:4])
+def test_every_bf16_number(kind: str, isa: str) -> None:
+    """Half a unit in the last place and the table's own error, of which the slopes of wide intervals have the most."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.abs() < 50]
+    wide = x.double().requires_grad_()
+    truth = activation_reference(wide, kind)
+    (slope,) = torch.autograd.grad(truth.sum(), wide)
+    leaf = x.clone().requires_grad_()
+    out = activation(kind)(leaf)
+    (grad,) = torch.autograd.grad(out, leaf, torch.ones_like(out))
+    for ours, exact, floor in ((out, truth, 2e-6), (grad, slope, 1.5e-5)):
+        half = torch.exp2(exact.abs().clamp(min=1e-37).log2().floor() - 8)
+        assert ((ours.double() - exact).abs() <= half + floor).all()
+
+
+@pytest.mark.parametrize("kind", KINDS[:4])
 def test_limits(kind: str, isa: str) -> None:
     x = torch.tensor([1e30, 1000.0, 90.0, 0.0, -0.0, -20.0, -90.0, -1000.0, torch.inf, torch.nan])
     out, grad = with_grad(x, kind)

@@ -1,96 +1,92 @@
 // RMSNorm and LayerNorm by rows; the including file defines ISA.
 #pragma once
 
+#include "cpu/rows.h"
 #include "cpu/rowwise.h"
-#include "cpu/vec.h"
 
 namespace llava_fast {
 namespace ISA {
 
-// x as fp32, rounded to T first where it is wider.
+// x, of another type, as T.
 template <typename T>
-static void widen_all(DType dtype, const void* x, float* out, int64_t n) {
-    for (int64_t i = 0; i < n; i += kWidth) {
-        const int64_t m = n - i < kWidth ? n - i : kWidth;
-        const vec value = dtype == DType::f32    ? load(static_cast<const float*>(x) + i, m)
-                          : dtype == DType::bf16 ? load(static_cast<const bf16*>(x) + i, m)
-                                                 : load(static_cast<const f16*>(x) + i, m);
-        store(out + i, rounded<T>(value), m);
-    }
+static T* convert(DType dtype, const void* x, float* scratch, int64_t n) {
+    T* out = reinterpret_cast<T*>(scratch);
+    each(n, [&](int64_t i, int64_t m) {
+        store_some(out + i,
+                   dtype == DType::f32    ? load_some(static_cast<const float*>(x) + i, m)
+                   : dtype == DType::bf16 ? load_some(static_cast<const bf16*>(x) + i, m)
+                                          : load_some(static_cast<const f16*>(x) + i, m),
+                   m);
+    });
+    return out;
 }
 
 template <typename T>
 static void norm_forward(const NormTask& task) {
-    const int64_t D = task.D;
-    float *weight = task.scratch, *bias = weight + D, *rows = bias + D;
-    widen_all<T>(task.weight_dtype, task.weight, weight, D);
-    if (task.centred) widen_all<T>(task.weight_dtype, task.bias, bias, D);
+    const int64_t D = task.D, room = (D + kPair - 1) / kPair * kPair;
+    const T* weight = convert<T>(task.weight_dtype, task.weight, task.scratch, D);
+    const T* bias = task.centred ? convert<T>(task.weight_dtype, task.bias, task.scratch + room, D) : nullptr;
 #pragma omp parallel for schedule(static, 1) num_threads(task.threads) if (task.threads > 1)
     for (int part = 0; part < task.threads; ++part) {
-        float* row = rows + part * D;
+        T* total_row = reinterpret_cast<T*>(task.scratch + (2 + part) * room);
         const int64_t last = task.T * (part + 1) / task.threads;
         for (int64_t t = task.T * part / task.threads; t < last; ++t) {
-            const T* x = static_cast<const T*>(task.x) + t * D;
+            const T* row = static_cast<const T*>(task.x) + t * D;
             T* out = static_cast<T*>(task.out) + t * D;
-            vec squares = splat(0.0f), values = splat(0.0f);
             if (task.residual) {
-                const T* residual = static_cast<const T*>(task.residual) + t * D;
-                T* total = static_cast<T*>(task.sum) + t * D;
-                write_row(total, D, task.stream, [&](int64_t i, int64_t n) {
-                    const vec value = rounded<T>(load_some(x + i, n) + load_some(residual + i, n));
-                    store_some(row + i, value, n);
-                    squares = fma(value, value, squares);
-                    values = values + value;
+                const T *x = row, *residual = static_cast<const T*>(task.residual) + t * D;
+                write_row(static_cast<T*>(task.sum) + t * D, D, task.stream, [&](int64_t i, int64_t n) {
+                    const pair value = load_pair(x + i, n) + load_pair(residual + i, n);
+                    store_pair(total_row + i, value, n);  // what is written around the caches must not be read again
                     return value;
                 });
-            } else {
-                each(D, [&](int64_t i, int64_t n) {
-                    const vec value = load_some(x + i, n);
-                    store_some(row + i, value, n);
-                    squares = fma(value, value, squares);
+                row = total_row;
+            }
+            pair squares = splat_pair(0.0f), values = squares;
+            each_pair(D, [&](int64_t i, int64_t n) {
+                const pair value = load_pair(row + i, n);
+                if (task.centred) {
                     values = values + value;
+                } else {
+                    squares = fma(value, value, squares);
+                }
+            });
+            const float mean = task.centred ? sum(values) / static_cast<float>(D) : 0.0f;
+            const pair shift = splat_pair(mean);
+            if (task.centred) {
+                each_pair(D, [&](int64_t i, int64_t n) {
+                    const pair value = zero_past<T>(load_pair(row + i, n) - shift, n);
+                    squares = fma(value, value, squares);
                 });
             }
-            float mean = 0.0f, variance;
-            if (task.centred) {
-                mean = sum(values) / static_cast<float>(D);
-                const vec shift = splat(mean);
-                vec centred = splat(0.0f);
-                int64_t i = 0;
-                for (; i + kWidth <= D; i += kWidth) {
-                    const vec value = load(row + i) - shift;
-                    centred = fma(value, value, centred);
-                }
-                variance = sum(centred);
-                for (; i < D; ++i) variance += (row[i] - mean) * (row[i] - mean);  // the lanes past the end are not zero once centred
-                variance /= static_cast<float>(D);
-            } else {
-                variance = sum(squares) / static_cast<float>(D);
-            }
-            const float rstd = 1.0f / __builtin_sqrtf(variance + task.eps);
+            const float rstd = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(D) + task.eps);
             if (task.stats) {
                 task.stats[t] = rstd;
                 if (task.centred) task.stats[task.T + t] = mean;
             }
-            const vec scale = splat(rstd), shift = splat(mean);
+            const pair scale = splat_pair(rstd);
             if (task.centred) {
                 write_row(out, D, task.stream, [&](int64_t i, int64_t n) {
-                    return fma((load_some(row + i, n) - shift) * scale, load_some(weight + i, n), load_some(bias + i, n));
+                    return fma((load_pair(row + i, n) - shift) * scale, load_pair(weight + i, n), load_pair(bias + i, n));
                 });
             } else {
                 write_row(out, D, task.stream,
-                          [&](int64_t i, int64_t n) { return rounded<T>(load_some(row + i, n) * scale) * load_some(weight + i, n); });
+                          [&](int64_t i, int64_t n) { return rounded_pair<T>(load_pair(row + i, n) * scale) * load_pair(weight + i, n); });
             }
         }
         if (task.stream) fence();
     }
 }
 
-static void sum_parts(const float* parts, int64_t count, int64_t D, float* out) {
-    each(D, [&](int64_t i, int64_t n) {
-        vec total = splat(0.0f);
-        for (int64_t part = 0; part < count; ++part) total = total + load_some(parts + part * D + i, n);
-        store_some(out + i, total, n);
+// Parts are in the order of pairs of T.
+template <typename T>
+static void sum_parts(const float* parts, int64_t count, int64_t D, int64_t room, float* out) {
+    each_pair(D, [&](int64_t i, int64_t n) {
+        pair total = splat_pair(0.0f);
+        for (int64_t part = 0; part < count; ++part) total = total + load_pair(parts + part * room + i);
+        float values[kPair];
+        store_pair(values, total);
+        for (int64_t j = 0; j < n; ++j) out[i + j] = values[place<T>(j)];
     });
 }
 
@@ -98,15 +94,15 @@ static void sum_parts(const float* parts, int64_t count, int64_t D, float* out) 
 //   grad_x = rstd * (g - mean(g n) n - mean(g)), the last term for LayerNorm alone;  grad_weight = sum of grad * n over rows.
 template <typename T>
 static void norm_backward(const NormTask& task) {
-    const int64_t D = task.D, parts = task.T < kNormParts ? task.T : kNormParts;
-    float *weight = task.scratch, *grad_weights = weight + D, *grad_biases = grad_weights + kNormParts * D;
-    widen_all<T>(task.weight_dtype, task.weight, weight, D);
+    const int64_t D = task.D, room = (D + kPair - 1) / kPair * kPair, parts = task.T < kNormParts ? task.T : kNormParts;
+    float *grad_weights = task.scratch + room, *grad_biases = grad_weights + kNormParts * room;
+    const T* weight = convert<T>(task.weight_dtype, task.weight, task.scratch, D);
 #pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
     for (int64_t part = 0; part < parts; ++part) {
-        float *grad_weight = grad_weights + part * D, *grad_bias = grad_biases + part * D;
-        for (int64_t i = 0; i < D; ++i) grad_weight[i] = 0.0f;
+        float *grad_weight = grad_weights + part * room, *grad_bias = grad_biases + part * room;
+        for (int64_t i = 0; i < room; ++i) grad_weight[i] = 0.0f;
         if (task.centred) {
-            for (int64_t i = 0; i < D; ++i) grad_bias[i] = 0.0f;
+            for (int64_t i = 0; i < room; ++i) grad_bias[i] = 0.0f;
         }
         const int64_t last = task.T * (part + 1) / parts;
         for (int64_t t = task.T * part / parts; t < last; ++t) {
@@ -114,30 +110,32 @@ static void norm_backward(const NormTask& task) {
             const T* grad_sum = task.grad_sum ? static_cast<const T*>(task.grad_sum) + t * D : nullptr;
             T* grad_x = static_cast<T*>(task.grad_x) + t * D;
             const float rstd = task.stats[t], mean = task.centred ? task.stats[task.T + t] : 0.0f;
-            const vec scale = splat(rstd), shift = splat(mean);
-            vec with_normed = splat(0.0f), plain = splat(0.0f);
-            each(D, [&](int64_t i, int64_t n) {
+            const pair scale = splat_pair(rstd), shift = splat_pair(mean);
+            pair with_normed = splat_pair(0.0f), plain = with_normed;
+            each_pair(D, [&](int64_t i, int64_t n) {
                 // Lanes past the end are (0 - mean) * rstd here, but their grad is zero.
-                const vec normed = (load_some(x + i, n) - shift) * scale, g = load_some(grad + i, n);
-                const vec weighted = g * load_some(weight + i, n);
+                const pair normed = (load_pair(x + i, n) - shift) * scale, g = load_pair(grad + i, n);
+                const pair weighted = g * load_pair(weight + i, n);
                 with_normed = fma(weighted, normed, with_normed);
-                plain = plain + weighted;
-                const vec kept = task.centred ? normed : rounded<T>(normed);
-                store_some(grad_weight + i, fma(g, kept, load_some(grad_weight + i, n)), n);
-                if (task.centred) store_some(grad_bias + i, g + load_some(grad_bias + i, n), n);
+                const pair kept = task.centred ? normed : rounded_pair<T>(normed);
+                store_pair(grad_weight + i, fma(g, kept, load_pair(grad_weight + i)));
+                if (task.centred) {
+                    plain = plain + weighted;
+                    store_pair(grad_bias + i, g + load_pair(grad_bias + i));
+                }
             });
-            const vec a = splat(-sum(with_normed) / static_cast<float>(D));
-            const vec b = splat(task.centred ? -sum(plain) / static_cast<float>(D) : 0.0f);
+            const pair a = splat_pair(-sum(with_normed) / static_cast<float>(D));
+            const pair b = splat_pair(task.centred ? -sum(plain) / static_cast<float>(D) : 0.0f);
             write_row(grad_x, D, task.stream, [&](int64_t i, int64_t n) {
-                const vec normed = (load_some(x + i, n) - shift) * scale, g = load_some(grad + i, n);
-                const vec value = scale * fma(normed, a, fma(g, load_some(weight + i, n), b));
-                return grad_sum ? value + load_some(grad_sum + i, n) : value;
+                const pair normed = (load_pair(x + i, n) - shift) * scale, g = load_pair(grad + i, n);
+                const pair value = scale * fma(normed, a, fma(g, load_pair(weight + i, n), b));
+                return grad_sum ? value + load_pair(grad_sum + i, n) : value;
             });
         }
         if (task.stream) fence();
     }
-    sum_parts(grad_weights, parts, D, task.grad_weight);
-    if (task.centred) sum_parts(grad_biases, parts, D, task.grad_bias);
+    sum_parts<T>(grad_weights, parts, D, room, task.grad_weight);
+    if (task.centred) sum_parts<T>(grad_biases, parts, D, room, task.grad_bias);
 }
 
 }  // namespace ISA

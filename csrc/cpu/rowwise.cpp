@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/activation_curve.h"
 #include "cpu/isa.h"
 
 namespace llava_fast {
@@ -13,13 +14,21 @@ namespace {
 
 constexpr int64_t kFewElements = 1 << 15;  // a second thread costs more to wake than it saves: some 10 us
 constexpr int64_t kManyBytes = 8 << 20;    // outputs that no cache would keep until they are read
+constexpr int64_t kLine = 64;
 
 int threads_for(int threads, int64_t elements) {
     return elements < kFewElements ? 1 : threads;
 }
 
-bool streams(DType dtype, int64_t elements) {
-    return elements * (dtype == DType::f32 ? 4 : 2) >= kManyBytes;
+// Rows of `width` elements that begin with a line.
+bool streams(DType dtype, const void* out, int64_t rows, int64_t width) {
+    const int64_t bytes = width * (dtype == DType::f32 ? 4 : 2);
+    return rows * bytes >= kManyBytes && bytes % kLine == 0 && reinterpret_cast<uintptr_t>(out) % kLine == 0;
+}
+
+// Room for whole registers.
+int64_t padded(int64_t D) {
+    return (D + 31) / 32 * 32;
 }
 
 struct Free {
@@ -34,19 +43,19 @@ std::unique_ptr<float, Free> floats(int64_t n) {
 
 void norm_forward(NormTask task) {
     task.threads = threads_for(task.threads, task.T * task.D);
-    const auto scratch = floats((2 + task.threads) * task.D);
+    const auto scratch = floats((2 + task.threads) * padded(task.D));
     task.scratch = scratch.get();
     task.centred = task.bias != nullptr;
-    task.stream = streams(task.dtype, task.T * task.D);
+    task.stream = streams(task.dtype, task.out, task.T, task.D) && reinterpret_cast<uintptr_t>(task.sum) % kLine == 0;
     LLAVA_FAST_CHOOSE(norm_forward)(task);
 }
 
 void norm_backward(NormTask task) {
     task.threads = threads_for(task.threads, task.T * task.D);
     task.centred = task.grad_bias != nullptr;
-    const auto scratch = floats((1 + (task.centred ? 2 : 1) * kNormParts) * task.D);
+    const auto scratch = floats((1 + (task.centred ? 2 : 1) * kNormParts) * padded(task.D));
     task.scratch = scratch.get();
-    task.stream = streams(task.dtype, task.T * task.D);
+    task.stream = streams(task.dtype, task.grad_x, task.T, task.D);
     LLAVA_FAST_CHOOSE(norm_backward)(task);
 }
 
@@ -63,25 +72,29 @@ void rope(RopeTask task) {
 
 void activation_forward(ActivationTask task) {
     task.threads = threads_for(task.threads, task.n);
-    task.stream = streams(task.dtype, task.n);
+    task.stream = streams(task.dtype, task.out, task.n / kLine, kLine);
+    task.curve = &activation_curve(task.kind, false);
     LLAVA_FAST_CHOOSE(activation_forward)(task);
 }
 
 void activation_backward(ActivationTask task) {
     task.threads = threads_for(task.threads, task.n);
-    task.stream = streams(task.dtype, task.n);
+    task.stream = streams(task.dtype, task.out, task.n / kLine, kLine);
+    task.curve = &activation_curve(task.kind, true);
     LLAVA_FAST_CHOOSE(activation_backward)(task);
 }
 
 void swiglu_forward(SwigluTask task) {
     task.threads = threads_for(task.threads, task.T * task.F);
-    task.stream = streams(task.dtype, task.T * task.F);
+    task.stream = streams(task.dtype, task.out, task.T, task.F);
+    task.curve = &activation_curve(Activation::silu, false);
     LLAVA_FAST_CHOOSE(swiglu_forward)(task);
 }
 
 void swiglu_backward(SwigluTask task) {
     task.threads = threads_for(task.threads, task.T * task.F);
-    task.stream = streams(task.dtype, 2 * task.T * task.F);
+    task.stream = streams(task.dtype, task.out, 2 * task.T, task.F);
+    task.curve = &activation_curve(Activation::silu, false);
     LLAVA_FAST_CHOOSE(swiglu_backward)(task);
 }
 

@@ -58,6 +58,14 @@ struct RopeTask {
 
 enum class Activation : int { gelu, gelu_pytorch_tanh, quick_gelu, silu };
 
+// f(x) - 1/2 for x >= 0 of what is 1/2 plus an odd function, and 1 past the last interval: in the n-th, around n step, a cubic in
+// x - n step.
+constexpr int kIntervals = 32;
+struct Curve {
+    float step;
+    float coefficient[4][kIntervals];
+};
+
 struct ActivationTask {
     DType dtype;
     Activation kind;
@@ -65,8 +73,9 @@ struct ActivationTask {
     const void* x;
     const void* grad;  // backward
     void* out;         // backward: gradient of x
-    bool stream;
     int threads;
+    bool stream;
+    const Curve* curve;  // of f(x) / x; backward: of f'(x)
 };
 
 struct SwigluTask {
@@ -75,8 +84,9 @@ struct SwigluTask {
     const void* gate_up;  // [T, 2F]
     const void* grad;     // backward: [T, F]
     void* out;            // [T, F]; backward: [T, 2F]
-    bool stream;
     int threads;
+    bool stream;
+    const Curve* curve;  // of the sigmoid
 };
 
 #define LLAVA_FAST_DECLARE(isa)                                 \
@@ -94,7 +104,7 @@ LLAVA_FAST_DECLARE(avx512)
 #endif
 #undef LLAVA_FAST_DECLARE
 
-// The tasks above with everything but centred, scratch and stream set.
+// The tasks above with everything but centred, scratch, stream and curve set.
 void norm_forward(NormTask task);
 void norm_backward(NormTask task);
 void rope(RopeTask task);  // throws std::invalid_argument for a slot outside [-1, cache_rows), before anything is written

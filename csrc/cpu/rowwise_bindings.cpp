@@ -80,25 +80,25 @@ void bind_rowwise(py::module_& m) {
     m.def(
         "activation_forward",
         [](DType dtype, Activation kind, int64_t n, Address x, Address out, int threads) {
-            activation_forward({dtype, kind, n, at<void>(x), nullptr, at<void>(out), false, threads});
+            activation_forward({dtype, kind, n, at<void>(x), nullptr, at<void>(out), threads, false, nullptr});
         },
         released);
     m.def(
         "activation_backward",
         [](DType dtype, Activation kind, int64_t n, Address x, Address grad, Address out, int threads) {
-            activation_backward({dtype, kind, n, at<void>(x), at<void>(grad), at<void>(out), false, threads});
+            activation_backward({dtype, kind, n, at<void>(x), at<void>(grad), at<void>(out), threads, false, nullptr});
         },
         released);
     m.def(
         "swiglu_forward",
         [](DType dtype, int64_t T, int64_t F, Address gate_up, Address out, int threads) {
-            swiglu_forward({dtype, T, F, at<void>(gate_up), nullptr, at<void>(out), false, threads});
+            swiglu_forward({dtype, T, F, at<void>(gate_up), nullptr, at<void>(out), threads, false, nullptr});
         },
         released);
     m.def(
         "swiglu_backward",
         [](DType dtype, int64_t T, int64_t F, Address gate_up, Address grad, Address out, int threads) {
-            swiglu_backward({dtype, T, F, at<void>(gate_up), at<void>(grad), at<void>(out), false, threads});
+            swiglu_backward({dtype, T, F, at<void>(gate_up), at<void>(grad), at<void>(out), threads, false, nullptr});
         },
         released);
 }

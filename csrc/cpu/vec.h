@@ -455,42 +455,5 @@ static inline void store_some(T* p, vec x, int64_t n) {
     }
 }
 
-// Copies past the caches, by whole lines: half lines of 32 bytes are slower than plain stores (23 against 14 ms for 32 MB).
-template <typename T>
-static inline void stream_copy(T* out, const T* from, int64_t n) {
-#if defined(__AVX2__)
-    const int64_t head = static_cast<int64_t>(-reinterpret_cast<uintptr_t>(out) % 64 / sizeof(T));
-    int64_t i = head < n ? head : n;
-    std::memcpy(out, from, static_cast<size_t>(i) * sizeof(T));
-    for (constexpr int64_t line = 64 / sizeof(T); i + line <= n; i += line) {
-        const __m256i* source = reinterpret_cast<const __m256i*>(from + i);
-        const __m256i low = _mm256_loadu_si256(source), high = _mm256_loadu_si256(source + 1);
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i), low);
-        _mm256_stream_si256(reinterpret_cast<__m256i*>(out + i) + 1, high);
-    }
-    std::memcpy(out + i, from + i, static_cast<size_t>(n - i) * sizeof(T));
-#else
-    std::memcpy(out, from, static_cast<size_t>(n) * sizeof(T));
-#endif
-}
-
-// out[i] = value(i, lanes) for a row of n, past the caches on request; a fence() afterwards makes that visible to other threads.
-template <typename T, typename F>
-static inline __attribute__((always_inline)) void write_row(T* out, int64_t n, bool streamed, const F& value) {
-    constexpr int64_t kBlock = 1024;
-    T block[kBlock];
-    for (int64_t first = 0; first < n; first += kBlock) {
-        const int64_t m = n - first < kBlock ? n - first : kBlock;
-        T* to = streamed ? block : out + first;
-        each(m, [&](int64_t i, int64_t lanes) { store_some(to + i, value(first + i, lanes), lanes); });
-        if (streamed) stream_copy(out + first, block, m);
-    }
-}
-static inline void fence() {
-#if defined(__AVX2__)
-    _mm_sfence();
-#endif
-}
-
 }  // namespace ISA
 }  // namespace llava_fast

@@ -117,15 +117,15 @@ void activations(DType dtype, int64_t rows, int64_t F, double tolerance) {
                                                                 : 1.5957691216 * (v + 0.044715 * v * v * v);
             return kind == Activation::gelu ? 0.5 * v * std::erfc(-v / std::sqrt(2.0)) : v / (1 + std::exp(-inner));
         };
-        activation_forward({dtype, kind, rows * 2 * F, x.data(), nullptr, out.data(), false, 2});
-        activation_backward({dtype, kind, rows * 2 * F, x.data(), grad.data(), grad_x.data(), false, 2});
+        activation_forward({dtype, kind, rows * 2 * F, x.data(), nullptr, out.data(), 2, false, nullptr});
+        activation_backward({dtype, kind, rows * 2 * F, x.data(), grad.data(), grad_x.data(), 2, false, nullptr});
         for (int64_t i = 0; i < rows * 2 * F; ++i) {
             near(at(out, i), exact(at(x, i)), tolerance, "activation");
             near(at(grad_x, i), at(grad, i) * (exact(at(x, i) + 1e-5) - exact(at(x, i) - 1e-5)) / 2e-5, tolerance + 1e-5, "its slope");
         }
     }
-    swiglu_forward({dtype, rows, F, x.data(), nullptr, gated.data(), false, 2});
-    swiglu_backward({dtype, rows, F, x.data(), grad.data(), grad_x.data(), false, 2});
+    swiglu_forward({dtype, rows, F, x.data(), nullptr, gated.data(), 2, false, nullptr});
+    swiglu_backward({dtype, rows, F, x.data(), grad.data(), grad_x.data(), 2, false, nullptr});
     for (int64_t i = 0; i < rows * F; ++i) {
         const int64_t gate = i / F * 2 * F + i % F, up = gate + F;
         const double s = 1 / (1 + std::exp(-at(x, gate))), silu = at(x, gate) * s;
