@@ -8,7 +8,7 @@ TESTED := llava_fast kernels bench tests setup.py
 # One thread a process: the suite's parallelism is its worker processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-interpreter test-aot test-main test-fast test-online test-gpu lint format aot bench gpu tune clean
+.PHONY: help demo test test-interpreter test-aot test-main test-fast test-online test-gpu lint format aot bench gpu tune tune-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -64,6 +64,9 @@ gpu: ## build, test and measure on a GPU machine, offline, in nine minutes; resu
 
 tune: $(STAMP) ## time the candidates of every Triton kernel on this GPU; rewrites kernels/tuned.json
 	$(BIN)/python -m bench.tune
+
+tune-check: $(STAMP) ## compile every candidate of `tune` without a GPU
+	$(BIN)/python -m bench.tune --check
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info llava_fast/*.so

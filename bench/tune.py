@@ -1,5 +1,7 @@
 """`make tune`: times the candidates of every Triton kernel on this GPU and rewrites kernels/tuned.json: `python -m bench.tune [op ...]`
 
+With --check nothing is timed and no GPU is needed: every candidate is compiled for sm_90 and held against the gate of bench.aot.
+
 An op's file may define candidates() -> {(kernel, shape class): [launch parameters]}, in the words of its calls of `config`. The op's
 shipped_calls are run with each candidate in the table's place; a candidate's time is the sum over the calls that ask for that kernel and
 shape class. The fastest is kept where it beats the parameters in use by MARGIN. Only this class of device is rewritten.
@@ -12,6 +14,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +31,7 @@ Table = dict[str, dict[str, dict[str, Config]]]
 
 
 @contextmanager
-def tuned(device: str, key: Key, parameters: Config) -> Iterator[list[Key]]:
+def tuned(device: str, key: Key | None = None, parameters: Config | None = None) -> Iterator[list[Key]]:
     """Inside, `config` gives these parameters for the key; yields the keys that were asked for."""
     asked: list[Key] = []
     before = _triton._tuned
@@ -41,7 +44,7 @@ def tuned(device: str, key: Key, parameters: Config) -> Iterator[list[Key]]:
 
         def get(self, shape: str, default: Any = None) -> Any:
             asked.append((self.kernel, shape))
-            return parameters if (self.kernel, shape) == key else super().get(shape, default)
+            return parameters if parameters is not None and (self.kernel, shape) == key else super().get(shape, default)
 
     class Kernels(dict):
         def get(self, kernel: str, default: Any = None) -> Any:
@@ -97,6 +100,38 @@ def tune(
             yield key, dict(configs[best]), times[None], times[best]
 
 
+def compile_key(op: str, key: Key) -> list[str]:
+    """Faults of the candidates of a key, each compiled in the calls that ask for it."""
+    from bench import aot
+
+    module = importlib.import_module(f"llava_fast.kernels.{op}")
+    with aot.recorded(90, lambda compiled, log: None):
+        users = [("", call) for call in calls_of(key, list(module.shipped_calls("meta")), "sm_90")]
+    told = []
+    for parameters in module.candidates()[key]:
+        with tuned("sm_90", key, parameters):
+            compiled = aot.compile_calls(op, lambda device: iter(users), 90)
+        faults = sorted({f"{kernel.row.kernel}: {fault}" for kernel in compiled for fault in kernel.faults})
+        told += [f"{op} {key[0]} {key[1]} {parameters}: {fault}" for fault in faults]
+    return told
+
+
+def check(ops: Sequence[str]) -> int:
+    """Faults are printed; 1 if there is one."""
+    from bench import aot
+
+    aot._environment()
+    modules = {op: importlib.import_module(f"llava_fast.kernels.{op}") for op in ops or aot.ops()}
+    keys = [(op, key) for op, module in modules.items() if hasattr(module, "candidates") for key in module.candidates()]
+    found = 0
+    with ProcessPoolExecutor(2) as pool:
+        for told in pool.map(compile_key, *zip(*keys, strict=True)):
+            found += len(told)
+            print(*told, sep="\n", end="\n" if told else "", flush=True)
+    print(f"tune: {len(keys)} kernels and shape classes, {found} faults of their candidates")
+    return int(found > 0)
+
+
 def merged(table: Table, device: str, chosen: Iterable[tuple[Key, Config]]) -> Table:
     """A copy of the table with the device's entries of those keys replaced."""
     new: Table = json.loads(json.dumps(table))
@@ -106,6 +141,8 @@ def merged(table: Table, device: str, chosen: Iterable[tuple[Key, Config]]) -> T
 
 
 def main(ops: Sequence[str]) -> int:
+    if "--check" in ops:
+        return check([op for op in ops if op != "--check"])
     if not torch.cuda.is_available():
         print("make tune needs a GPU: torch.cuda is not available here")
         return 2

@@ -105,3 +105,9 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
             yield f"{name} gradients", partial(rows_triton, logits, labels, None, lse, grad, 1.0, 0.0, 0.0, True)
         yield f"{name} losses and gradients", partial(rows_triton, logits, labels, loss, lse, None, 1.0, 0.0, 0.0, True)
         yield f"{name} smoothed losses and gradients", partial(rows_triton, logits, labels, loss, lse, None, 1.0, 0.1, 1e-4, True)
+
+
+def candidates() -> dict[tuple[str, str], list[dict[str, int]]]:
+    """Launch parameters for bench/tune.py."""
+    tiles = [(2, 2048, 4), (2, 2048, 8), (2, 4096, 8), (4, 1024, 4), (4, 2048, 16), (8, 1024, 8), (8, 2048, 16)]
+    return {("cross_entropy", "bfloat16"): [dict(zip(("R", "N", "num_warps"), tile, strict=True)) for tile in tiles]}

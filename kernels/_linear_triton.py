@@ -488,3 +488,37 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "gemm float16", case("float16", 4096, 1024, 1152, act="gelu", dtype=torch.float16)
     yield "gemm bfloat16", case("bfloat16", 4096, 1024, 1152, act="gelu_pytorch_tanh")
     yield "gemm float32", case("float32", 4096, 1024, 1152, dtype=torch.float32)
+
+
+_GEMM_NAMES = ("BLOCK_M", "BLOCK_O", "BLOCK_I", "num_warps", "num_stages")
+_TALL = [(128, 128, 64, 8, 4), (128, 64, 64, 4, 4), (128, 64, 64, 4, 3), (64, 128, 64, 4, 4), (64, 128, 64, 4, 3), (256, 64, 64, 8, 3)]
+
+
+def gemm_candidates(*shapes: str) -> dict[tuple[str, str], list[dict[str, int]]]:
+    """Of bf16 products of many rows, by shape class."""
+    return {("_gemm_kernel", shape): [dict(zip(_GEMM_NAMES, tiles, strict=True)) for tiles in _TALL] for shape in shapes}
+
+
+def candidates() -> dict[tuple[str, str], list[dict[str, int]]]:
+    """Launch parameters for bench/tune.py, for the shape classes of shipped_calls."""
+    fp8 = [(128, 128, 128, 8, 4), (128, 128, 128, 4, 3), (128, 128, 64, 8, 4), (64, 128, 128, 4, 4)]
+    few = [(32, 64, 128, 4, 3), (32, 64, 128, 4, 4), (32, 128, 64, 4, 4), (32, 64, 64, 4, 5), (32, 128, 128, 8, 3)]
+    mixed = [(128, 64, 64, 4, 3), (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (256, 64, 64, 8, 3)]
+    size = "4096x11008"
+    shapes = {
+        ("_gemm_kernel", f"float8_e4m3fn 4096x{size}"): fp8,
+        ("_gemm_kernel", f"float8_e4m3fn 32x{size}"): few,
+        ("_gemm_quantised_kernel", f"int8 32x{size}"): [(32, 64, 64, 4, 3), (32, 64, 64, 4, 5)],  # ptxas serialises larger ones
+        ("_gemm_quantised_kernel", f"int4 32x{size}"): few,
+        ("_gemm_quantised_kernel", f"int8 4096x{size}"): mixed,
+        ("_gemm_quantised_kernel", f"int4 4096x{size}"): mixed,
+    }
+    found = {key: [dict(zip(_GEMM_NAMES, tiles, strict=True)) for tiles in lists] for key, lists in shapes.items()}
+    names = ("BLOCK_O", "CHUNKS", "num_warps")
+    one = [(1, 128, 4), (2, 128, 4), (2, 256, 8), (4, 64, 2), (8, 32, 1), (8, 64, 2)]
+    eight = [(1, 32, 1), (1, 64, 2), (1, 128, 4), (2, 64, 2), (1, 256, 8)]
+    gemv = {f"{kind} {rows}x{size}": lists for kind in ("bfloat16", "int8", "int4", "fp8") for rows, lists in ((1, one), (8, eight))}
+    del gemv[f"int4 8x{size}"]  # all but the default spill
+    gemv["bfloat16 1x152000x1024"] = one
+    found |= {("_gemv_kernel", shape): [dict(zip(names, tiles, strict=True)) for tiles in lists] for shape, lists in gemv.items()}
+    return found | gemm_candidates("bfloat16 4096x1024x1152")

@@ -198,3 +198,13 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "decode d128 fp8 grouped", case(28, 4, 128, 32, 32, fp8, 64)
     yield "decode d128 fp16", case(32, 32, 128, 1, 1, torch.float16, dtype=torch.float16)
     yield "decode d64 fp32", case(16, 16, 64, 1, 1, torch.float32, dtype=torch.float32)
+
+
+def candidates() -> dict[tuple[str, str], list[dict[str, int]]]:
+    """Launch parameters for bench/tune.py: one head a key-value head keeps [BLOCK_N, d] sums in registers, a group does not."""
+    alone = [(16, 2, 2), (16, 4, 2), (32, 8, 2), (64, 4, 2), (64, 8, 2)]
+    grouped = [(32, 4, 2), (32, 4, 3), (64, 8, 2), (128, 4, 2), (128, 8, 3)]
+    names = ("BLOCK_N", "num_warps", "num_stages")
+    shapes = {"bfloat16_d64_g1": alone, "bfloat16_d128_g1": alone, "float8_e4m3fn_d128_g1": alone}
+    shapes |= {"bfloat16_d64_g7": grouped, "float8_e4m3fn_d128_g7": grouped}
+    return {("paged_attention_decode", shape): [dict(zip(names, tiles, strict=True)) for tiles in lists] for shape, lists in shapes.items()}

@@ -318,3 +318,29 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "d96 causal", case(32, 32, 96, 4096, 4, True)
     yield "d128 causal prefix", case(32, 32, 128, 16384, 8, True, prefix=True)
     yield "d64 causal fp32", case(16, 16, 64, 4096, 8, True, torch.float32)
+
+
+# (BLOCK_M, BLOCK_N, num_warps, num_stages) for bench/tune.py, by head dim up to 96 and above.
+_CANDIDATES = {
+    "forward": (
+        [(128, 64, 8, 2), (128, 128, 8, 2), (128, 128, 8, 3), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 4)],
+        [(128, 64, 8, 2), (128, 128, 8, 2), (64, 64, 4, 2), (128, 32, 8, 3)],
+    ),
+    "backward_q": (
+        [(128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (128, 32, 8, 3), (128, 128, 8, 2)],
+        [(128, 64, 8, 3), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3), (128, 32, 8, 2)],
+    ),
+    "backward_kv": (
+        [(64, 128, 8, 3), (64, 64, 4, 2), (32, 64, 4, 3), (32, 128, 8, 3), (128, 128, 8, 2), (64, 64, 8, 3)],
+        [(32, 128, 8, 3), (32, 64, 4, 2), (32, 64, 8, 3), (64, 64, 8, 2), (64, 64, 4, 2)],
+    ),
+}
+
+
+def candidates() -> dict[tuple[str, str], list[dict[str, int]]]:
+    names = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+    return {
+        (f"varlen_attention_{kernel}", f"bfloat16_{shape}"): [dict(zip(names, tiles, strict=True)) for tiles in lists[wide]]
+        for kernel, lists in _CANDIDATES.items()
+        for shape, wide in (("d64_full", 0), ("d72_full", 0), ("d64_causal", 0), ("d96_causal", 0), ("d128_causal", 1))
+    }

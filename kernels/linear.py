@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.kernels import _linear_triton, _native, registry
+from llava_fast.kernels._linear_triton import candidates as candidates
 from llava_fast.kernels._linear_triton import shipped_calls as shipped_calls
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels.registry import Implementation

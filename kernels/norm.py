@@ -331,3 +331,12 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
             f"{name} backward",
             lambda x=x, r=residual, w=weight, s=stats, c=centred: _backward_triton(x, r, x, w, s, c),  # type: ignore[misc]
         )
+
+
+def candidates() -> dict[tuple[str, str], list[dict[str, int]]]:
+    """Launch parameters for bench/tune.py."""
+    found: dict[tuple[str, str], list[dict[str, int]]] = {}
+    for D, warps in ((1024, (2, 4)), (1152, (4, 8)), (4096, (8, 16))):
+        found["norm", f"D{D}"] = [{"num_warps": n} for n in warps]
+        found["norm_backward", f"D{D}"] = [{"num_warps": n, "programs": programs} for n in warps for programs in (132, 264, 528)]
+    return found

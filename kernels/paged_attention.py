@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.kernels import _paged_attention_triton, registry
+from llava_fast.kernels._paged_attention_triton import candidates as candidates
 from llava_fast.kernels._paged_attention_triton import shipped_calls as shipped_calls
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels.registry import Implementation

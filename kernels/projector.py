@@ -164,6 +164,11 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"segment sum {D}", partial(_segment_sum_triton, out[:1500], index, 2 * 729, torch.bfloat16)
 
 
+def candidates() -> dict[tuple[str, str], list[dict[str, int]]]:
+    """Launch parameters for bench/tune.py: the products of the shapes above."""
+    return _linear_triton.gemm_candidates("bfloat16 2048x1024x1024", "bfloat16 2048x4096x4096")
+
+
 # --- C++ --------------------------------------------------------------------------------------------------------------------------
 
 

@@ -166,6 +166,13 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
             )
 
 
+def candidates() -> dict[tuple[str, str], list[dict[str, int]]]:
+    """Launch parameters for bench/tune.py: columns a program, 8 to 16 a thread."""
+    tiles = [{"BLOCK": block, "num_warps": warps} for block, warps in ((256, 1), (512, 1), (512, 2), (1024, 2), (1024, 4), (2048, 4))]
+    keys = [(name, mode) for name in ("spatial_pool", "spatial_pool_backward") for mode in ("average", "max", "bilinear")]
+    return dict.fromkeys([*keys, ("spatial_pool", "argmax")], tiles)
+
+
 def _call(module: Any, values: Tensor, rows: int, source_KHW: Tensor, size: list[int], mode: str) -> tuple[Any, Any, Any]:
     """The first arguments of the native functions; `values` is [*, D] in the dtype that is pooled."""
     dtype = getattr(module.DType, str(values.dtype).removeprefix("torch."))

@@ -38,6 +38,7 @@ from llava_fast.kernels import _native, registry
 from llava_fast.kernels import _varlen_attention_backward as _triton
 from llava_fast.kernels import _varlen_attention_others as _others
 from llava_fast.kernels._triton import DEVICES
+from llava_fast.kernels._varlen_attention_backward import candidates as candidates
 from llava_fast.kernels._varlen_attention_backward import shipped_calls as shipped_calls
 from llava_fast.kernels.registry import Implementation
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -60,3 +62,30 @@ def test_the_table_of_other_devices_stays() -> None:
 def test_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     if not torch.cuda.is_available():
         assert tune.main([]) == 2 and "needs a GPU" in capsys.readouterr().out
+
+
+TUNED_OPS = ["varlen_attention", "paged_attention", "linear", "linear_cross_entropy", "norm", "spatial_pool", "projector"]
+
+
+@pytest.mark.parametrize("op", TUNED_OPS)
+def test_candidates_are_overrides_of_shipped_launches(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each names launch parameters that its kernel's `config` call has. That it compiles without spills: bench.tune --check."""
+    runtime = pytest.importorskip("triton.runtime.jit")
+    module = importlib.import_module(f"llava_fast.kernels.{op}")
+    defaults: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def config(kernel: str, shape: str, default: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        return defaults.setdefault((kernel, shape), dict(default)).copy()
+
+    for loaded in [file for name, file in sys.modules.items() if name.startswith("llava_fast.kernels.") and hasattr(file, "config")]:
+        monkeypatch.setattr(loaded, "config", config)
+    monkeypatch.setattr(runtime.JITFunction, "run", lambda *arguments, **named: None)
+    for _, call in module.shipped_calls("meta"):
+        call()
+    for key, lists in module.candidates().items():
+        assert key in defaults, f"no shipped call asks for {key}"
+        assert 1 <= len(lists) <= 15 and len({tuple(sorted(found.items())) for found in lists}) == len(lists), key
+        for found in lists:
+            assert set(found) <= set(defaults[key]), (key, found, defaults[key])
+            sizes = [value for name, value in found.items() if name not in ("num_stages", "programs")]
+            assert all(value & (value - 1) == 0 for value in sizes), (key, found)
