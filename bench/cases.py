@@ -19,6 +19,7 @@ from llava_fast.kernels.activation import swiglu
 from llava_fast.kernels.linear import linear, quantise
 from llava_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from llava_fast.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from llava_fast.kernels.paged_attention import paged_attention
 from llava_fast.kernels.patchify import patchify
 from llava_fast.kernels.rope import rope, rope_into_cache
 from llava_fast.kernels.sampling import sample
@@ -143,6 +144,52 @@ def _odd_attention(causal: bool) -> Case:
         return varlen_attention(q, k, v, cu_q, cu_k, causal=causal, q_index=q_index, prefix=prefix)
 
     return Case("varlen_attention", f"attention odd {'causal' if causal else 'full'}", make, run, ("q", "k", "v"), times=False)
+
+
+def _paged(name: str, rows: int, length: int, S: int, H: int, G: int, d: int, stored: torch.dtype | None = None) -> Case:
+    """`rows` new rows of each of S sequences, the last of `length`; pages of 64 in no order, in q's dtype or in `stored`."""
+    page = 64
+
+    def make(m: Make) -> dict[str, Any]:
+        s, blocks = min(S, 2) if m.small else S, -(-(min(length, 200) if m.small else length) // page)
+        n, keys = min(rows, 20) if m.small else rows, min(length, 200) if m.small else length
+        caches = [m.normal(s * blocks, page, G, d) for _ in range(2)]
+        named: dict[str, Any] = dict(q=m.normal(s * n, H, d), k=caches[0], v=caches[1])
+        if stored is not None:
+            named |= {x: named[x].to(stored) for x in "kv"}
+        if stored == torch.float8_e4m3fn:
+            factor = torch.full((G,), 0.5, device=m.device)
+            named |= dict(k_scale=factor, v_scale=factor)
+        table = torch.randperm(s * blocks, generator=m.generator, device=m.device).to(torch.int32).view(s, blocks)
+        return {**named, "table": table, "cu": m.lengths(s, n), "lengths": torch.full((s,), keys, dtype=torch.int32, device=m.device)}
+
+    def run(q, k, v, table, cu, lengths, k_scale=None, v_scale=None) -> Tensor:
+        factors = [factor if factor is None else factor.float() for factor in (k_scale, v_scale)]  # fp64 where the truth is made
+        return paged_attention(q, k, v, table, cu, lengths, k_scale=factors[0], v_scale=factors[1])
+
+    def keys_of(**inputs: Any) -> int:
+        return length if inputs["table"].shape[1] * page >= length else 200
+
+    def work(**inputs: Any) -> tuple[float, float]:
+        q, k, table = inputs["q"], inputs["k"], inputs["table"]
+        s, keys = table.shape[0], keys_of(**inputs)
+        n = q.shape[0] // s
+        return 4.0 * q.shape[0] * (keys - (n - 1) / 2) * H * d, moved(q, q) + 2 * s * keys * G * d * k.element_size()
+
+    def sdpa(**inputs: Any) -> Tensor:
+        """The pages of each sequence gathered into one row, then one call."""
+        q, table = inputs["q"], inputs["table"]
+        s, keys = table.shape[0], keys_of(**inputs)
+        k, v = (inputs[x][table.long()].flatten(1, 2)[:, :keys].to(q.dtype).transpose(1, 2) for x in "kv")
+        if inputs.get("k_scale") is not None:
+            k, v = (x * inputs[f].to(q.dtype)[:, None, None] for x, f in ((k, "k_scale"), (v, "v_scale")))
+        q = q.unflatten(0, (s, -1)).transpose(1, 2)
+        n = q.shape[2]
+        mask = None if n == 1 else torch.ones(n, keys, dtype=torch.bool, device=q.device).tril(keys - n)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=H != G).transpose(1, 2).flatten(0, 1)
+
+    dtypes = HALVES if stored is not None else ALL
+    return Case("paged_attention", f"paged {name}", make, run, dtypes=dtypes, work=work, baselines={"sdpa": sdpa})
 
 
 # --- rows: norms, rope, activations, pooling
@@ -405,6 +452,10 @@ CASES = [
     _attention("d72 full 64x729", 64, VIEW, 16, 16, 72, causal=False),
     _attention("d128 causal 4x4096", 4, 4096, 32, 32, 128, causal=True),
     _attention("d64 causal 4x4096", 4, 4096, 16, 16, 64, causal=True),
+    _paged("decode d64 8x1500", 1, 1500, 8, 16, 16, 64),
+    _paged("decode d64 grouped 8x1500", 1, 1500, 8, 14, 2, 64),
+    _paged("decode d128 fp8 32x4096", 1, 4096, 32, 32, 32, 128, stored=torch.float8_e4m3fn),
+    _paged("prefill d64 512 of 4x4096", 512, 4096, 4, 16, 16, 64),
     _loss("7b", 4096, 4096, 152_000, reduction="mean"),
     _loss("0.5b", 4096, 1024, 152_000, reduction="mean"),
     _norm("layer", 64 * VIEW, 1152),

@@ -169,7 +169,8 @@ static inline void find_rows(const AttentionTask& task, const Sequence& seq, con
     for (int64_t k = 0; k < kWidth; ++k) rows[k] = static_cast<const T*>(from.data) + key_offset(task, seq, from, least(j + k, last - 1));
 }
 
-// The hardware's prefetchers stop at the end of a page, which a row of 16 heads fills: without these cold keys come at half the speed.
+// The hardware prefetches to the end of a page, which a row of 16 heads fills: without this a thread reads a cold cache 20 to 35 %
+// slower.
 template <typename T>
 static inline void prefetch(const T* const* rows, int64_t head, int64_t d) {
     for (int64_t k = 0; k < kWidth; ++k) {

@@ -18,7 +18,11 @@ namespace {
 template <typename T>
 std::vector<T> values(int64_t n, int64_t seed) {
     std::vector<T> out(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) narrow(static_cast<float>((i * 7919 + seed * 31) % 61 - 30) / 16.0f, &out[i]);
+    uint32_t state = static_cast<uint32_t>(seed);
+    for (int64_t i = 0; i < n; ++i) {  // without a period: the largest score is to be anywhere
+        state = state * 1664525u + 1013904223u;
+        narrow(static_cast<float>(static_cast<int32_t>(state >> 16) % 61 - 30) / 16.0f, &out[i]);
+    }
     return out;
 }
 
