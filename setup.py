@@ -26,12 +26,15 @@ from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
 # No contraction: a * b + c rounds the same way in every instruction set, so all of them give the same bits.
-CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 ISA_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
     + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # GCC 12 warns of its own _mm512_undefined_ps
 }
+# Python's own flags ask for debug information, a third of the time. The rest is where the compiler works longest for nothing: bindings
+# are templates of pybind11, and what is vectorised by hand is unrolled where its source says so.
+LEVELS = {"bindings.cpp": ["-O1"], "attention_portable.cpp": ["-O2"], "attention_backward_portable.cpp": ["-O2"]}
 NVCC_FLAGS = ["-std=c++17", "-O3", "--threads", "2", "-Xcompiler=-fPIC,-fvisibility=hidden", "--cudart=static"]
 NVCC_FLAGS += ["-gencode", "arch=compute_80,code=[sm_80,compute_80]"]
 NVCC_FLAGS += ["-gencode", "arch=compute_90a,code=sm_90a", "-gencode", "arch=compute_90,code=compute_90"]
@@ -84,7 +87,7 @@ class BuildExtensions(build_ext):
         def compiled(source: str) -> str:
             (built,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
             if self.force or newer_group([source, *ext.depends, __file__], built):
-                flags = [flag for suffix, special in ISA_FLAGS.items() if source.endswith(suffix) for flag in special]
+                flags = [flag for suffix, special in {**ISA_FLAGS, **LEVELS}.items() if source.endswith(suffix) for flag in special]
                 arguments = {"output_dir": self.build_temp, "include_dirs": ext.include_dirs}
                 self.compiler.compile([source], extra_postargs=ext.extra_compile_args + flags, **arguments)
             return built
