@@ -1,7 +1,7 @@
 """Native extensions; everything else is in pyproject.toml. Neither extension needs torch, its headers or a GPU to build.
 
-llava_fast._cpu   csrc/bindings.cpp and csrc/cpu/*.cpp, wherever there is a C++ compiler. Files that end in _avx2.cpp or
-                  _avx512.cpp get their instruction set's flags and are built on x86-64 alone; the rest is portable.
+llava_fast._cpu   csrc/bindings.cpp and csrc/cpu/*.cpp, wherever there is a C++ compiler. Files that end in _avx2.cpp,
+                  _avx512.cpp or _amx.cpp get their instruction set's flags and are built on x86-64 alone; the rest is portable.
 llava_fast._cuda  csrc/cuda/*, where nvcc is found: machine code for sm_80 and sm_90a, PTX for compute_80 and compute_90.
 
 LLAVA_FAST_CUDA=0 leaves _cuda out; LLAVA_FAST_CUDA=1 makes it a must. Otherwise a failing compile prints a warning and the
@@ -27,10 +27,12 @@ from setuptools.modified import newer_group
 
 # No contraction: a * b + c rounds the same way in every instruction set, so all of them give the same bits.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
+AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own _mm512_undefined_ps
 ISA_FLAGS = {
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
-    "_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
-    + ["-Wno-uninitialized", "-Wno-maybe-uninitialized"],  # GCC 12 warns of its own _mm512_undefined_ps
+    "_avx512.cpp": AVX512,
+    "_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-bf16"],  # GCC 11, clang 12
 }
 # Python's own flags ask for debug information, a third of the time. The rest is where the compiler works longest for nothing: bindings
 # are templates of pybind11, and what is vectorised by hand is unrolled where its source says so.

@@ -81,6 +81,55 @@ def test_model_shapes(M: int, I: int, O: int, isa: str) -> None:
     close(linear(x, weight, bias), torch.nn.functional.linear(x, matrix.float(), bias), exact(x, matrix, bias, None, None))
 
 
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("I", [1152, 4304, 11008])
+def test_rounds_no_more_than_torch(I: int, kind: str, isa: str) -> None:
+    """The mean error, which is steadier than the largest one; a chain of I sums in one register would be over."""
+    x, weight, matrix, _, _ = make(48, I, 96, kind)
+    truth = exact(x, matrix, None, None, None)
+    ours, theirs = (linear(x, weight).double() - truth).square().mean(), (x @ matrix.float().t()).double().sub(truth).square().mean()
+    assert ours <= theirs * 1.1
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("across", ["rows", "columns"])
+def test_magnitudes(across: str, kind: str, isa: str) -> None:
+    """1e-20 to 1e20: every row keeps the relative accuracy of torch's, against the sum of its terms' magnitudes."""
+    x, weight, matrix, _, _ = make(41, 700, 40, kind)
+    powers = torch.linspace(-20, 20, 41)[:, None] if across == "rows" else torch.linspace(-20, 20, 700)[torch.arange(700) * 143 % 700]
+    x = x * 10.0**powers
+    truth, size = exact(x, matrix, None, None, None), x.double().abs() @ matrix.abs().t()
+    ours, theirs = (((y.double() - truth).abs() / size).max() for y in (linear(x, weight), x @ matrix.float().t()))
+    assert ours <= 2 * theirs + 4 * torch.finfo(torch.float32).eps
+    assert torch.equal(linear(torch.zeros(20, 700), weight), torch.zeros(20, 40))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_finite(kind: str, dtype: torch.dtype, isa: str) -> None:
+    """An infinity or NaN in x shows in its row and nowhere else."""
+    x, weight, matrix, _, _ = make(33, 100, 40, kind)
+    x = x.to(dtype)
+    finite = linear(x, weight)
+    x[3, 50], x[30, 7], x[31, 99], x[32, 0] = torch.inf, -torch.inf, torch.nan, torch.finfo(dtype).max
+    y = linear(x, weight)
+    assert not y[[3, 30, 31]].isfinite().any() and y[31].isnan().all()
+    assert torch.equal(y[:3], finite[:3]) and torch.equal(y[4:30], finite[4:30])
+    signs = matrix[:, 50] != 0
+    if kind == "bfloat16":  # of W in more than one part, the parts that are zero make a NaN
+        assert torch.equal(y[3, signs], (matrix[signs, 50].sign() * torch.inf).to(dtype))
+    if dtype != torch.float16 and kind != "int8":  # the largest number is not rounded up to an infinity; int8 is scaled at the end
+        assert y[32, matrix[:, 0].abs() < 0.5].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_its_neighbours(kind: str, isa: str) -> None:
+    x, weight, _, bias, _ = make(300, 1300, 100, kind, 64)
+    whole = linear(x, weight, bias, act="gelu")
+    for first, last in [(0, 17), (100, 133), (283, 300)]:
+        assert torch.equal(linear(x[first:last], weight, bias, act="gelu"), whole[first:last])
+
+
 @pytest.mark.parametrize("act", list(ACTIVATIONS))
 def test_activations(act: str, isa: str) -> None:
     """Over all magnitudes; near zero and in the tails the error is relative."""

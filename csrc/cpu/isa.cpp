@@ -4,27 +4,48 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace llava_fast {
 
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+constexpr int kLevels = 4;
+
+// The registers of AMX are 8 KB more for the kernel to save, so a process asks for them, once for all its threads.
+bool amx_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and the number of that state
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kBf16) != 0 && (edx & kTile) != 0 &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 bool machine_has(Isa isa) {
 #if defined(__x86_64__)
     // These builtins also ask the operating system whether it saves the wide registers.
     bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     if (isa == Isa::avx2) return avx2;
-    if (isa == Isa::avx512) {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512dq");
+    if (isa >= Isa::avx512) {
+        static const bool amx = amx_granted();
+        return (isa == Isa::avx512 || amx) && avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     }
 #endif
     return isa == Isa::portable;
 }
 
 Isa parse(const std::string& name) {
-    for (int level = 0; level < 3; ++level) {
+    for (int level = 0; level < kLevels; ++level) {
         if (name == kNames[level] && machine_has(static_cast<Isa>(level))) return static_cast<Isa>(level);
     }
     std::string known;
@@ -46,7 +67,7 @@ std::atomic<Isa>& selected() {
 
 std::vector<std::string> supported_isas() {
     std::vector<std::string> names;
-    for (int level = 0; level < 3; ++level) {
+    for (int level = 0; level < kLevels; ++level) {
         if (machine_has(static_cast<Isa>(level))) names.emplace_back(kNames[level]);
     }
     return names;

@@ -6,7 +6,7 @@
 
 namespace llava_fast {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3 };  // amx: only where an op has a path of its own
 
 // Names the machine can run, best last.
 std::vector<std::string> supported_isas();
@@ -21,7 +21,7 @@ void set_isa(const std::string& name);
 
 template <typename F>
 F choose(F portable, F avx2, F avx512) {
-    return current_isa() == Isa::avx512 ? avx512 : current_isa() == Isa::avx2 ? avx2 : portable;
+    return current_isa() >= Isa::avx512 ? avx512 : current_isa() == Isa::avx2 ? avx2 : portable;
 }
 
 }  // namespace llava_fast

@@ -36,6 +36,7 @@ void linear_portable(const LinearTask& task);
 #if defined(__x86_64__)
 void linear_avx2(const LinearTask& task);
 void linear_avx512(const LinearTask& task);
+void linear_amx(const LinearTask& task);
 #endif
 
 // 64-byte aligned memory of the calling thread, kept from call to call; contents are what the last user left.

@@ -5,7 +5,7 @@
 // over O, so that no weight is widened twice, and over M too where there are more threads than that balances.
 #pragma once
 
-#include "cpu/linear_kernels.h"
+#include "cpu/linear_parts.h"
 
 namespace llava_fast {
 namespace ISA {
@@ -92,29 +92,11 @@ static inline void pack_row(const T* from, int64_t K, float* to) {
     if (k < K) store(to + k, load(from + k, K - k), K - k);
 }
 
-static inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-// How many ways to split M: the most loaded thread decides; packing W costs about as much as one panel of rows.
-static inline int64_t splits_of_rows(int64_t row_panels, int64_t column_panels, int64_t threads) {
-    int64_t best = 1, best_cost = 0;
-    for (int64_t splits = 1; splits <= threads; ++splits) {
-        if (threads % splits) continue;
-        const int64_t cost = ceil_div(column_panels, threads / splits) * (ceil_div(row_panels, splits) + 1);
-        if (splits == 1 || cost < best_cost) {
-            best = splits;
-            best_cost = cost;
-        }
-    }
-    return best;
-}
-
 template <typename T, typename W>
 static void many_rows(const LinearTask& task) {
     const Weight<W> weight(task);
     const int64_t row_panels = ceil_div(task.M, kRows), column_panels = ceil_div(task.O, kColumns);
-    const int64_t splits = splits_of_rows(row_panels, column_panels, task.threads), column_threads = task.threads / splits;
+    const int64_t splits = splits_of_rows(row_panels, column_panels, task.threads, 1, 0), column_threads = task.threads / splits;
     const int64_t blocks = ceil_div(ceil_div(column_panels * kColumns, kMaxColumns), column_threads) * column_threads;
     const int64_t depths = ceil_div(task.I, kMaxK) > 0 ? ceil_div(task.I, kMaxK) : 1;
     const int64_t depth = ceil_div(ceil_div(task.I, depths), 32) * 32;  // so that a scale's group of 32 is not cut

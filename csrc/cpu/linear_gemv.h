@@ -6,7 +6,7 @@
 // with the prefetch).
 #pragma once
 
-#include "cpu/linear_kernels.h"
+#include "cpu/linear_parts.h"
 
 namespace llava_fast {
 namespace ISA {

@@ -96,8 +96,8 @@ void run(const Shape& s, DType dtype, WeightType type, double tolerance) {
 }  // namespace
 
 int main() {
-    const Shape shapes[] = {{1, 2, 1, 2},      {1, 96, 37, 32}, {3, 588, 130, 64},  {8, 34, 7, 34}, {16, 70, 65, 32},
-                            {17, 588, 33, 64}, {31, 34, 5, 34}, {20, 800, 100, 32}, {60, 64, 3, 64}};
+    const Shape shapes[] = {{1, 2, 1, 2},      {1, 96, 37, 32}, {3, 588, 130, 64},  {8, 34, 7, 34},  {16, 70, 65, 32},
+                            {17, 588, 33, 64}, {31, 34, 5, 34}, {20, 800, 100, 32}, {60, 64, 3, 64}, {100, 2400, 35, 32}};
     for (const std::string& isa : supported_isas()) {
         set_isa(isa);
         for (const Shape& s : shapes) {
