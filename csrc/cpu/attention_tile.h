@@ -187,6 +187,8 @@ static inline void product(const float* a, const float* b, int64_t b_stride, int
     }
 }
 
+constexpr int64_t kAhead = 512;  // bytes of a row to fetch ahead (two threads, bf16: 17 GB/s without, 26 with, 22 with 1024)
+
 // Lane k of the result is the product of row k with q.
 template <typename T>
 static inline vec dot_rows(const T* const* rows, const float* q, int64_t d) {
@@ -194,7 +196,18 @@ static inline vec dot_rows(const T* const* rows, const float* q, int64_t d) {
 #pragma GCC unroll 16
     for (int k = 0; k < kWidth; ++k) sum[k] = splat(0.0f);
     const int64_t whole = d / kWidth * kWidth;
-    for (int64_t c = 0; c < whole; c += kWidth) {
+    // A cache line of a row at a time: rows a power of two apart share a set of L1, which would have dropped the line by the next turn.
+    constexpr int64_t kLine = kWidth * sizeof(float) / sizeof(T);
+    int64_t c = 0;
+    for (; c + kLine <= d; c += kLine) {
+#pragma GCC unroll 16
+        for (int k = 0; k < kWidth; ++k) {
+            __builtin_prefetch(reinterpret_cast<const char*>(rows[k] + c) + kAhead);
+#pragma GCC unroll 4
+            for (int64_t u = 0; u < kLine; u += kWidth) sum[k] = fma(load(q + c + u), load(rows[k] + c + u), sum[k]);
+        }
+    }
+    for (; c < whole; c += kWidth) {
         const vec x = load(q + c);
 #pragma GCC unroll 16
         for (int k = 0; k < kWidth; ++k) sum[k] = fma(x, load(rows[k] + c), sum[k]);
