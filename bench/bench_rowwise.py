@@ -1,8 +1,7 @@
 """Norms, activations and the rotary embedding against torch's ops on 32 MB, and on one row as in decoding.
 
 They move bytes: the limit is the copy bandwidth, counting what must be read and written once, of a copy into memory that is there.
-Both sides allocate their outputs, from memory that the process keeps: page by page from the system (test_new_memory) takes three times
-as long as the op.
+Both sides allocate their outputs, from memory that the process keeps (kept_memory), in pages of 4 KiB.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.conftest import system_maps
 from llava_fast.kernels.activation import activation, activation_reference, swiglu
 from llava_fast.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, norm_reference, rms_norm
 from llava_fast.kernels.rope import rope_into_cache, rope_into_cache_reference, rope_qk, rope_reference
@@ -102,13 +100,6 @@ def test_rope_into_cache(paired, dtype: str) -> None:
     arguments = (q, k, v, cos, sin, cache[0], cache[1], slots, None, None)
     moved = 6 * q.numel() * q.element_size()
     paired(lambda: rope_into_cache(*arguments), lambda: rope_into_cache_reference(*arguments), bytes_moved=moved)
-
-
-def test_new_memory(paired) -> None:
-    """Outputs past 32 MB as glibc gives them by default: mapped by the system at each call, and faulted in."""
-    x = torch.randn(rows_for(4304, torch.float32) + 1, 4304)
-    with system_maps():
-        paired(lambda: activation("gelu")(x), lambda: activation_reference(x, "gelu"), bytes_moved=2 * x.nbytes)
 
 
 @pytest.mark.parametrize("name", CASES)

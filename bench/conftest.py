@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +55,6 @@ def kept_memory() -> Iterator[None]:
     ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
     yield
     ctypes.CDLL(None).mallopt(M_MMAP_MAX, MAPS)
-
-
-@contextmanager
-def system_maps() -> Iterator[None]:
-    """Within `kept_memory`: large blocks come from the system after all."""
-    ctypes.CDLL(None).mallopt(M_MMAP_MAX, MAPS)
-    try:
-        yield
-    finally:
-        ctypes.CDLL(None).mallopt(M_MMAP_MAX, 0)
 
 
 @pytest.fixture

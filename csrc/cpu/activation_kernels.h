@@ -123,7 +123,7 @@ static void activation_forward(const ActivationTask& task) {
         const Formula<T, kKind> formula(*task.curve);
         const T* x = static_cast<const T*>(task.x) + first;
         write_row(static_cast<T*>(task.out) + first, count, task.stream,
-                  [&](int64_t i, int64_t n) { return both([&](vec v) { return formula.value(v); }, load_pair(x + i, n)); });
+                  [&](int64_t i, int64_t n) { return both([&](vec v) { return formula.value(v); }, load_ahead(x + i, n)); });
     });
 }
 
@@ -133,7 +133,7 @@ static void activation_backward(const ActivationTask& task) {
         const Formula<T, kKind> formula(*task.curve);
         const T *x = static_cast<const T*>(task.x) + first, *grad = static_cast<const T*>(task.grad) + first;
         write_row(static_cast<T*>(task.out) + first, count, task.stream, [&](int64_t i, int64_t n) {
-            return load_pair(grad + i, n) * both([&](vec v) { return formula.slope(v); }, load_pair(x + i, n));
+            return load_ahead(grad + i, n) * both([&](vec v) { return formula.slope(v); }, load_ahead(x + i, n));
         });
     });
 }
@@ -146,7 +146,7 @@ static void swiglu_forward(const SwigluTask& task) {
         const Formula<T, Activation::silu> formula(*task.curve);
         const T *gate = static_cast<const T*>(task.gate_up) + t * 2 * F, *up = gate + F;
         write_row(static_cast<T*>(task.out) + t * F, F, task.stream, [&](int64_t i, int64_t n) {
-            return both([&](vec g) { return formula.value(g); }, load_pair(gate + i, n)) * load_pair(up + i, n);
+            return both([&](vec g) { return formula.value(g); }, load_ahead(gate + i, n)) * load_ahead(up + i, n);
         });
         if (task.stream) fence();
     }
@@ -163,10 +163,10 @@ static void swiglu_backward(const SwigluTask& task) {
         const T *gate = static_cast<const T*>(task.gate_up) + t * 2 * F, *up = gate + F, *grad = static_cast<const T*>(task.grad) + t * F;
         T *grad_gate = static_cast<T*>(task.out) + t * 2 * F, *grad_up = grad_gate + F;
         write_row(grad_gate, F, task.stream, [&](int64_t i, int64_t n) {
-            const pair g = load_pair(gate + i, n), dy = load_pair(grad + i, n);
+            const pair g = load_ahead(gate + i, n), dy = load_ahead(grad + i, n);
             const pair s = both([&](vec v) { return formula.sigmoid(v); }, g), silu = g * s;
             store_pair(grad_up + i, dy * silu, n);
-            return dy * load_pair(up + i, n) * both([&](vec x, vec y) { return fma(x, one - y, y); }, silu, s);
+            return dy * load_ahead(up + i, n) * both([&](vec x, vec y) { return fma(x, one - y, y); }, silu, s);
         });
         if (task.stream) fence();
     }

@@ -36,7 +36,7 @@ static void norm_forward(const NormTask& task) {
             if (task.residual) {
                 const T *x = row, *residual = static_cast<const T*>(task.residual) + t * D;
                 write_row(static_cast<T*>(task.sum) + t * D, D, task.stream, [&](int64_t i, int64_t n) {
-                    const pair value = load_pair(x + i, n) + load_pair(residual + i, n);
+                    const pair value = load_ahead(x + i, n) + load_ahead(residual + i, n);
                     store_pair(total_row + i, value, n);  // what is written around the caches must not be read again
                     return value;
                 });
@@ -44,7 +44,7 @@ static void norm_forward(const NormTask& task) {
             }
             pair squares = splat_pair(0.0f), values = squares;
             each_pair(D, [&](int64_t i, int64_t n) {
-                const pair value = load_pair(row + i, n);
+                const pair value = load_ahead(row + i, n);
                 if (task.centred) {
                     values = values + value;
                 } else {
@@ -114,7 +114,7 @@ static void norm_backward(const NormTask& task) {
             pair with_normed = splat_pair(0.0f), plain = with_normed;
             each_pair(D, [&](int64_t i, int64_t n) {
                 // Lanes past the end are (0 - mean) * rstd here, but their grad is zero.
-                const pair normed = (load_pair(x + i, n) - shift) * scale, g = load_pair(grad + i, n);
+                const pair normed = (load_ahead(x + i, n) - shift) * scale, g = load_ahead(grad + i, n);
                 const pair weighted = g * load_pair(weight + i, n);
                 with_normed = fma(weighted, normed, with_normed);
                 const pair kept = task.centred ? normed : rounded_pair<T>(normed);
@@ -129,7 +129,7 @@ static void norm_backward(const NormTask& task) {
             write_row(grad_x, D, task.stream, [&](int64_t i, int64_t n) {
                 const pair normed = (load_pair(x + i, n) - shift) * scale, g = load_pair(grad + i, n);
                 const pair value = scale * fma(normed, a, fma(g, load_pair(weight + i, n), b));
-                return grad_sum ? value + load_pair(grad_sum + i, n) : value;
+                return grad_sum ? value + load_ahead(grad_sum + i, n) : value;
             });
         }
         if (task.stream) fence();

@@ -28,11 +28,20 @@ static inline void rotate(const T* x, const float* cos, const float* sin, Out* o
     });
 }
 
+// What the next row will read: see load_ahead in rows.h.
+template <typename T>
+static inline void fetch(const T* x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + i);
+}
+
 template <typename T>
 static void rotate_heads(const RopeRows& rows, int64_t t, const float* cos, const float* sin, void* out, int64_t d) {
     const T* x = static_cast<const T*>(rows.x) + t * rows.row_stride;
     T* to = static_cast<T*>(out) + t * rows.heads * d;
-    for (int64_t h = 0; h < rows.heads; ++h) rotate(x + h * rows.head_stride, cos, sin, to + h * d, d / 2);
+    for (int64_t h = 0; h < rows.heads; ++h) {
+        fetch(x + h * rows.head_stride + rows.row_stride, d);
+        rotate(x + h * rows.head_stride, cos, sin, to + h * d, d / 2);
+    }
 }
 
 template <typename T>
@@ -66,6 +75,8 @@ static void write_cache(const RopeTask& task, int64_t t, const float* cos, const
     float values[kMostHeadDim];
     for (int64_t g = 0; g < task.k.heads; ++g) {
         const int64_t to = (slot * task.k.heads + g) * d;
+        fetch(k + g * task.k.head_stride + task.k.row_stride, d);
+        fetch(v + g * task.v.head_stride + task.v.row_stride, d);
         rotate(k + g * task.k.head_stride, cos, sin, values, d / 2);
         put_scaled(values, task.k_scale ? task.k_scale + g : nullptr, task.cache_dtype, task.k_out, to, d);
         each(d, [&](int64_t i, int64_t n) { store_some(values + i, load_some(v + g * task.v.head_stride + i, n), n); });

@@ -126,6 +126,16 @@ template <typename T>
 static inline __attribute__((always_inline)) pair load_pair(const T* p, int64_t n) {
     return n == kPair ? load_pair(p) : load_part(p, n);
 }
+// The same of what is read from memory for the first time, while the line kAhead bytes on is fetched: the processor's own prefetching
+// stops at the end of a page, which is 4 KiB unless asked otherwise. 64 MB of fp32 gelu in such pages take 10.0 ms without, 9.0 at 512
+// bytes, 7.8 at 1024 and 6.8 at 2048; bf16 11.5, 10.2, 8.3 and 8.2.
+constexpr int64_t kAhead = 2048;
+template <typename T>
+static inline __attribute__((always_inline)) pair load_ahead(const T* p, int64_t n) {
+    const char* later = reinterpret_cast<const char*>(p) + kAhead;
+    for (size_t line = 0; line < kPair * sizeof(T); line += 64) __builtin_prefetch(later + line);
+    return load_pair(p, n);
+}
 template <typename T>
 static inline __attribute__((always_inline)) void store_pair(T* p, pair x, int64_t n) {
     if (n == kPair) return store_pair(p, x);
