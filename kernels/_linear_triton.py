@@ -5,7 +5,7 @@ More rows: `_gemm_kernel` for float weights and for fp8 (x rounded to e4m3 row b
 `_gemm_quantised_kernel` for int8 and int4, widened in registers as the first operand of the product, which on Hopper may be in registers.
 Accumulation is fp32, the scales meet the accumulator: int8 and int4 numbers are exact in bf16 and fp16.
 
-Shape letters: M rows of x, I inputs, O outputs, C numbers in a load of 16 bytes.
+Shape letters: M rows of x, I inputs, O outputs, C numbers in a load of a weight, 16 bytes at most.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from llava_fast.kernels._triton import config, device_class, jit, tl, triton
 
 FEW_ROWS = 8
-_CHUNK = {"float32": 4, "bfloat16": 8, "float16": 8, "int8": 16, "fp8": 16, "int4": 32}  # C
+_CHUNK = {"float32": 4, "bfloat16": 8, "float16": 8, "int8": 16, "fp8": 16, "int4": 32}  # in 16 bytes
 
 
 @jit
@@ -363,14 +363,12 @@ def _gemv(
 ) -> None:
     M, I = x.shape
     O = weight.shape[0]
-    C = _CHUNK[kind]
     ROWS = triton.next_power_of_2(M)
+    BLOCK_O = {1: 4, 2: 4, 4: 2, 8: 2}[ROWS]
+    C = min(_CHUNK[kind], 128 // (ROWS * BLOCK_O))  # registers: ROWS x BLOCK_O x C products; 256 spill with triton 3.6
     # Chunks of a program are at most 32 threads x 4 warps; a short row takes fewer warps rather than idle ones.
     CHUNKS = min(128, max(32, triton.next_power_of_2(triton.cdiv(I, C))))
-    if kind == "int4" and ROWS == 8:  # four warps would exchange x through memory, with more registers than there are
-        CHUNKS = 32
-    BLOCK_O = {1: 4, 2: 4, 4: 2, 8: 1 if kind == "int4" else 2}[ROWS]  # registers: ROWS x BLOCK_O x C products
-    default = {"BLOCK_O": BLOCK_O, "CHUNKS": CHUNKS, "num_warps": CHUNKS // 32, "num_stages": 1}
+    default = {"C": C, "BLOCK_O": BLOCK_O, "CHUNKS": CHUNKS, "num_warps": CHUNKS // 32, "num_stages": 1}
     options = config("_gemv_kernel", f"{kind} {ROWS}x{O}x{I}", default, x.device)
     _gemv_kernel[(triton.cdiv(O, options["BLOCK_O"]),)](
         out,
@@ -392,7 +390,6 @@ def _gemv(
         GROUP=group,
         ACT=act,
         ROWS=ROWS,
-        C=C,
         **options,
     )
 
@@ -420,7 +417,7 @@ def gemm(
     if M <= 64:
         default |= {"BLOCK_M": max(16, triton.next_power_of_2(M)), "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
     if x.dtype == torch.float32:
-        default |= {"BLOCK_M": min(64, default["BLOCK_M"]), "BLOCK_O": 64, "num_stages": 2}
+        default |= {"BLOCK_M": min(64, default["BLOCK_M"]), "BLOCK_O": 64, "num_warps": 4, "num_stages": 2}
     options = config("_gemm_kernel", f"{str(x.dtype).removeprefix('torch.')} {_size(M)}x{O}x{I}", default, x.device)
     options["BLOCK_I"] = _divisor(group, options["BLOCK_I"])
     _gemm_kernel[(triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(O, options["BLOCK_O"]),)](
@@ -477,6 +474,8 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"gemv int4 {M}x{O}x{I}", case("int4", M, O, I, 128)
         if fp8:
             yield f"gemv fp8 {M}x{O}x{I}", case("fp8", M, O, I, I)
+    for M in (2, 4):
+        yield f"gemv int4 {M}x{O}x{I}", case("int4", M, O, I, 128)
     for M in (32, 4096):
         yield f"gemm int8 {M}x{O}x{I}", case("int8", M, O, I, I)
         yield f"gemm int4 {M}x{O}x{I}", case("int4", M, O, I, 128)
@@ -518,7 +517,6 @@ def candidates() -> dict[tuple[str, str], list[dict[str, int]]]:
     one = [(1, 128, 4), (2, 128, 4), (2, 256, 8), (4, 64, 2), (8, 32, 1), (8, 64, 2)]
     eight = [(1, 32, 1), (1, 64, 2), (1, 128, 4), (2, 64, 2), (1, 256, 8)]
     gemv = {f"{kind} {rows}x{size}": lists for kind in ("bfloat16", "int8", "int4", "fp8") for rows, lists in ((1, one), (8, eight))}
-    del gemv[f"int4 8x{size}"]  # all but the default spill
     gemv["bfloat16 1x152000x1024"] = one
     found |= {("_gemv_kernel", shape): [dict(zip(names, tiles, strict=True)) for tiles in lists] for shape, lists in gemv.items()}
     return found | gemm_candidates("bfloat16 4096x1024x1152")
