@@ -2,6 +2,7 @@
 #include "cpu/spatial_pool.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -123,7 +124,8 @@ void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const
     for (int64_t m = 0; m < s.M; ++m) reader_start[m + 1] += reader_start[m];
     std::vector<int64_t> next(reader_start.begin(), reader_start.end() - 1);
     for (int64_t i = 0; i < cells; ++i) reader_cell[next[source[i]]++] = i;
-    std::vector<int32_t> argmax(mode == PoolMode::max ? s.K * s.out_H * s.out_W * s.D : 0);
+    // Not a vector, which would write zeros first.
+    const std::unique_ptr<int32_t[]> argmax(mode == PoolMode::max ? new int32_t[s.K * s.out_H * s.out_W * s.D] : nullptr);
     PoolTask task = make_task(dtype, mode, s, y, x, threads);
     task.source = source;
     task.table = table;
@@ -131,7 +133,7 @@ void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const
     task.grad_table = grad_table;
     task.reader_start = reader_start.data();
     task.reader_cell = reader_cell.data();
-    task.argmax = argmax.data();
+    task.argmax = argmax.get();
     LLAVA_FAST_CHOOSE(spatial_pool_backward)(task);
 }
 
