@@ -16,6 +16,7 @@ from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from llava_fast import load, memory
 from llava_fast.engine.decode import Stepper
+from llava_fast.kernels import registry
 from llava_fast.models.decoder import KVCache
 from llava_fast.models.llava import Llava
 
@@ -122,8 +123,13 @@ def test_decode(quantised: tuple[str, Llava], theirs: Any, paired: Any, limits: 
         past.crop(-1)
         return logits
 
-    error = relative_error(step(), reference())
-    assert error < {"bf16": 1e-4, "int8": 0.1, "int4": 0.7}[weights], error
+    # bf16 weights give transformers' fp32 answer; narrower ones that of the same numbers widened by torch.
+    if weights == "bf16":
+        expected = reference()
+    else:
+        with registry.use(linear="reference"):
+            expected = Stepper(model, cache, 1)([7], [0], [CONTEXT])
+    assert relative_error(step(), expected) < 1e-4
     weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in decoder_weights(model))
     kv_bytes = cache.k[:, :CONTEXT].numel() * 2 * cache.k.element_size()
     paired(step, reference, bytes_read=weight_bytes + kv_bytes)

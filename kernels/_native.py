@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_recorder: Recorder | None = None
+_of_thread = threading.local()  # .recorder, where the thread records
 
 
 class Recorder:
@@ -33,14 +34,14 @@ class Recorder:
 
 @contextmanager
 def recording() -> Iterator[Recorder]:
-    """Records the launches of a `with` block; of one thread at a time."""
-    global _recorder
-    assert _recorder is None, "a recording within a recording"
-    _recorder = Recorder()
+    """Records the launches that this thread makes in a `with` block. Raises RuntimeError inside another such block."""
+    if getattr(_of_thread, "recorder", None) is not None:
+        raise RuntimeError("this thread is recording launches already")
+    _of_thread.recorder = Recorder()
     try:
-        yield _recorder
+        yield _of_thread.recorder
     finally:
-        _recorder = None
+        _of_thread.recorder = None
 
 
 @cache
@@ -51,8 +52,8 @@ def _module() -> Any:
 
 
 def cpu() -> Any:
-    """The module llava_fast._cpu."""
-    return _recorder or _module()
+    """The module llava_fast._cpu; the only way in which ops may reach it, so that a recording sees every launch."""
+    return getattr(_of_thread, "recorder", None) or _module()
 
 
 @cache

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fast.kernels import registry
+from llava_fast.kernels import _native, registry
 from llava_fast.kernels._linear_cross_entropy_triton import candidates, rows_triton, shipped_calls  # noqa: F401 (two of them for bench/)
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels.linear import linear
@@ -46,7 +46,7 @@ def _rows_cpu(
     z_loss: float,
     gradients: bool,
 ) -> None:
-    from llava_fast import _cpu
+    _cpu = _native.cpu()
 
     dtype = getattr(_cpu.DType, str(logits.dtype).removeprefix("torch."))
     pointers = logits.data_ptr(), labels.data_ptr(), *(0 if t is None else t.data_ptr() for t in (loss, lse, grad))

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fast.kernels import _paged_attention_triton, registry
+from llava_fast.kernels import _native, _paged_attention_triton, registry
 from llava_fast.kernels._paged_attention_triton import candidates as candidates
 from llava_fast.kernels._paged_attention_triton import shipped_calls as shipped_calls
 from llava_fast.kernels._triton import DEVICES
@@ -111,7 +111,7 @@ def _forward_cpu(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
 ) -> Tensor:
-    from llava_fast import _cpu
+    _cpu = _native.cpu()
 
     (T, H, d), (B, page, G, _) = q.shape, k_cache.shape
     out = q.new_empty(T, H, d)

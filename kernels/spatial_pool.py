@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fast.kernels import registry
+from llava_fast.kernels import _native, registry
 from llava_fast.kernels._triton import DEVICES, config, jit, tl
 from llava_fast.kernels.registry import Implementation
 
@@ -180,14 +180,14 @@ def _call(module: Any, values: Tensor, rows: int, source_KHW: Tensor, size: list
 
 
 def _forward_cpu(table_MD: Tensor, source_KHW: Tensor, out: Tensor, size: list[int], mode: str) -> None:
-    from llava_fast import _cpu
+    _cpu = _native.cpu()
 
     call = _call(_cpu, table_MD, table_MD.shape[0], source_KHW, size, mode)
     _cpu.spatial_pool_forward(*call, table_MD.data_ptr(), source_KHW.data_ptr(), out.data_ptr(), torch.get_num_threads())
 
 
 def _backward_cpu(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, rows: int, size: list[int], mode: str) -> Tensor:
-    from llava_fast import _cpu
+    _cpu = _native.cpu()
 
     grad_table, table = grad.new_empty(rows, grad.shape[1]), 0 if table_MD is None else table_MD.data_ptr()
     call = _call(_cpu, grad, rows, source_KHW, size, mode)

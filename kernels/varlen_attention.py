@@ -259,7 +259,7 @@ def _backward_cpu(
     prefix: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from llava_fast import _cpu
+    _cpu = _native.cpu()
 
     (T, H, d), (K, G, _) = q.shape, k.shape
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import pytest
 import torch
+from torch import Tensor
 
 import llava_fast as lf
 from llava_fast.engine.decode import Stepper
 from llava_fast.engine.replay import Replay
 from llava_fast.kernels import _native, registry
 from llava_fast.kernels.linear import linear
+from llava_fast.kernels.paged_attention import paged_attention
 from llava_fast.models.decoder import KVCache
 
 
@@ -49,6 +54,8 @@ def test_what_is_no_launch_is_seen() -> None:
     with torch.inference_mode():
         assert Replay(lambda: linear(x, w).view(4, 2)).exact
         assert not Replay(lambda: linear(x, w) + 1).exact
+        assert not Replay(lambda: (linear(x, w), torch._foreach_add_([x], 0.0))[0]).exact
+        assert not Replay(lambda: x.view(8, 2)).exact  # no launch at all
         assert not Replay(lambda: linear(x * 2, w)).exact
         assert not Replay(lambda: linear(torch.arange(16.0).view(2, 8), w)).exact
         assert not Replay(lambda: linear(x.t().contiguous().t(), w)).exact
@@ -79,7 +86,38 @@ def test_another_number_of_threads_runs_the_function() -> None:
         assert len(calls) == 2
 
 
+def test_a_recording_is_of_its_thread() -> None:
+    """What other threads launch meanwhile is theirs, and they may record too."""
+    x, w = torch.randn(2, 8), torch.randn(4, 8)
+    others: list[Replay] = []
+
+    def beside() -> Tensor:
+        thread = threading.Thread(target=lambda: others.append(Replay(lambda: linear(x, w))))
+        thread.start()
+        thread.join()
+        return linear(x, w)
+
+    with torch.inference_mode():
+        replay = Replay(beside)
+    assert replay.exact and others[0].exact and len(replay.launches) == len(others[0].launches) == 1
+
+
+def test_paged_attention_is_repeated() -> None:
+    q, k, v = (torch.randn(shape) for shape in [(1, 2, 64), (4, 16, 2, 64), (4, 16, 2, 64)])
+    table, cu, lengths = (torch.tensor(rows, dtype=torch.int32) for rows in ([[2, 0]], [0, 1], [20]))
+    with torch.inference_mode():
+        replay = Replay(lambda: paged_attention(q, k, v, table, cu, lengths))
+        q.copy_(torch.randn(1, 2, 64))
+        assert replay.exact and torch.equal(replay(), paged_attention(q, k, v, table, cu, lengths))
+
+
+def test_every_op_launches_where_a_recording_sees_it() -> None:
+    for file in Path(registry.__file__).parent.glob("*.py"):
+        assert file.name == "_native.py" or "import _cpu" not in file.read_text(), file
+
+
 def test_a_recording_ends_where_the_function_fails() -> None:
     with pytest.raises(ZeroDivisionError):
         Replay(lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    assert _native._recorder is None
+    with _native.recording(), pytest.raises(RuntimeError, match="already"), _native.recording():
+        pass
