@@ -90,7 +90,7 @@ def _filter_kernel(
     r = _parameter(repetition, row, 1.0, REPETITION)
     p = _parameter(presence, row, 0.0, PRESENCE)
     f = _parameter(frequency, row, 0.0, FREQUENCY)
-    greedy = t == 0
+    greedy = t <= 0
     lanes = tl.arange(0, BLOCK)
     high = tl.full([BLOCK], -float("inf"), tl.float32)
     work += row * V

@@ -328,13 +328,16 @@ def linear_cross_entropy(
 
     hidden [L, D] and weight [V, D] floating, of dtypes that may differ; labels int64 [L], 0 to V - 1. reduction 'none' -> [L];
     'sum' and 'mean' -> []; 'sequence' -> [sequences], the sum of log-probabilities (not losses) by sequence, label_seq int64 [L]
-    saying whose each row is. Raises ValueError for what does not fit; for a label outside the vocabulary too in the C++ kernel, where
+    saying whose each row is (on a GPU, which does not wait to look, a row of no sequence counts nowhere). Raises ValueError for what does
+    not fit, on the CPU also for a label_seq outside 0 to sequences - 1; for a label outside the vocabulary too in the C++ kernel, where
     torch's ops raise their own error on the CPU and the Triton kernel makes that row's loss NaN.
     """
     if hidden_LD.dim() != 2 or weight_VD.dim() != 2 or hidden_LD.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"expected hidden rows [L, D] and a weight [V, D], got {list(hidden_LD.shape)} and {list(weight_VD.shape)}")
     if labels_L.shape != hidden_LD.shape[:1] or labels_L.dtype != torch.int64:
         raise ValueError(f"expected int64 labels [{hidden_LD.shape[0]}], got {labels_L.dtype} {list(labels_L.shape)}")
+    if weight_VD.device != hidden_LD.device or labels_L.device != hidden_LD.device:
+        raise ValueError(f"all tensors must be on one device, got {hidden_LD.device}, {weight_VD.device} and {labels_L.device}")
     if reduction not in ("none", "sum", "mean", "sequence"):
         raise ValueError(f"reduction must be none, sum, mean or sequence, got {reduction!r}")
     if not 0 <= label_smoothing < 1 or z_loss < 0:
@@ -347,10 +350,19 @@ def linear_cross_entropy(
                 "log-probabilities by sequence need label_seq of the labels' shape and sequences, and neither smoothing nor z-loss; "
                 f"got {shape} for {list(labels_L.shape)}, {sequences}, {label_smoothing}, {z_loss}"
             )
+        if label_seq.dtype != torch.int64 or label_seq.device != labels_L.device:
+            raise ValueError(f"expected int64 label_seq on {labels_L.device}, got {label_seq.dtype} on {label_seq.device}")
+        if label_seq.device.type == "cpu" and label_seq.numel() and not torch.compiler.is_compiling():
+            low, high = (int(n) for n in label_seq.aminmax())
+            if low < 0 or high >= sequences:
+                raise ValueError(f"label_seq must be 0 to {sequences - 1}, got {low} to {high}")
         loss_L = run(hidden_LD, weight_VD, labels_L, 0.0, 0.0, None)
         # A sum over a masked [sequences, L], at most a few MB: index_add uses atomics on a GPU, in no fixed order.
         own = label_seq == torch.arange(sequences, device=label_seq.device)[:, None]
         return -torch.where(own, loss_L, 0.0).sum(1)
+    if label_seq is not None or sequences is not None:
+        given = "label_seq" if label_seq is not None else "sequences"
+        raise ValueError(f"only reduction 'sequence' takes label_seq and sequences, got {given} with {reduction!r}")
     L = hidden_LD.shape[0]
     scale = None if reduction == "none" else 1.0 if reduction == "sum" else 1.0 / L if L else float("nan")
     return run(hidden_LD, weight_VD, labels_L, label_smoothing, z_loss, scale)

@@ -202,7 +202,7 @@ def _check(
     if d > 1 and (q.stride(2) != 1 or k_cache.stride(3) != 1 or v_cache.stride(3) != 1):
         raise ValueError(f"the last dimension must be contiguous, got strides {q.stride()}, {k_cache.stride()} and {v_cache.stride()}")
     if (k_scale is None) != (v_scale is None):
-        raise ValueError(f"k_scale and v_scale go together, got {k_scale if v_scale is None else v_scale} and None")
+        raise ValueError(f"k_scale and v_scale go together, got {'v_scale' if k_scale is None else 'k_scale'} alone")
     S = seqlens_k.shape[0] if seqlens_k.dim() == 1 else -1
     blocks = block_table.shape[1] if block_table.dim() == 2 else -1
     for name, tensor, dtype, shape in (
@@ -237,6 +237,7 @@ def paged_attention(
     k_cache, v_cache [B, page, G, d], page a power of two from 16 to 256; block_table int32 [S, blocks], the pages of each sequence in
     order; cu_seqlens_q int32 [S+1]; seqlens_k int32 [S], the keys of each sequence, the new rows' own among them (the last ones; a
     row sees keys up to its own).  scale: 1 / sqrt(d) where None.  k_scale, v_scale: fp32 [G], factors of the stored values.
+    Scores (scale q . k) must lie within 1e30 of 0: a running maximum begins at -1e30, and what is below counts as not seen.
     What is in pages past a sequence's length is never read. No gradient.
     Raises ValueError for shapes, dtypes, strides or devices that do not fit, for tensors that need a gradient, on the CPU also for
     lengths and blocks that do not fit (a GPU does not wait to look at them).

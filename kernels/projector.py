@@ -581,18 +581,23 @@ def project(
             raise ValueError(f"expected int64 {what}, got {tensor.dtype}")
     if source is None:
         resamples, newline = (), None
+    for tensor in (w1, b1, w2, b2, embedding, newline, rows, text_rows, token_ids, source):
+        if tensor is not None and tensor.device != features.device:
+            raise ValueError(f"all tensors must be on one device, got {features.device} and {tensor.device}")
+    for mode, cells, size in resamples:
+        spatial_pool.check_maps(cells, size, mode, features.device)
     if features.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range(M, T, embedding.shape[0], newline, source, rows, text_rows, token_ids, resamples)
     tensors = (features, w1, b1, w2, b2, newline, embedding)
     name = registry.resolve_name("projector", features.device.type, features.dtype)
     if name == "reference":
         return project_reference(*tensors, source, rows, text_rows, token_ids, resamples, act)
-    sources = [cells for _, cells, _ in resamples]
+    sources = [cells.contiguous() for _, cells, _ in resamples]
     sizes, modes = [n for _, _, size in resamples for n in size], ",".join(mode for mode, _, _ in resamples)
     if registry.in_graph(*tensors):
         return _project(*tensors, source, rows, text_rows, token_ids, sources, sizes, modes, act or "", name)[0]
-    flat = [None if t is None else t.contiguous() for t in tensors]
-    return _forward(*flat, source, rows, text_rows, token_ids, _Maps(sources, sizes, modes), act or "", False, name)[0]  # type: ignore[call-arg, arg-type]
+    flat = [None if t is None else t.contiguous() for t in (*tensors, source, rows, text_rows, token_ids)]
+    return _forward(*flat, _Maps(sources, sizes, modes), act or "", False, name)[0]  # type: ignore[call-arg, arg-type]
 
 
 def _check_range(

@@ -261,6 +261,9 @@ def _check(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> None:
             f"cos and sin must be {[T, d // 2]} in {q.dtype} or float32, "
             f"got {cos.dtype} {list(cos.shape)} and {sin.dtype} {list(sin.shape)}"
         )
+    for tensor in (k, cos, sin):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"all tensors must be on one device, got {q.device} and {tensor.device}")
 
 
 def _run(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -278,7 +281,7 @@ def _run(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor,
 def rope(x_THd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, H, d], cos and sin [T, d/2] in x's dtype or fp32 -> its rotation, contiguous, in x's dtype.
 
-    Differentiable in x. Raises ValueError for an odd d, one above 512, and shapes or dtypes that do not fit.
+    Differentiable in x. Raises ValueError for an odd d, one above 512, and shapes, dtypes or devices that do not fit.
     """
     return _run(x_THd, None, cos, sin)[0]
 
@@ -298,9 +301,11 @@ def rope_into_cache(
 
     k_cache, v_cache [R, G, d] or [B, block, G, d], contiguous, in fp32, bf16, fp16, e4m3 or q's dtype; slots int64 [T], each in 0 to
     R - 1 and there once, or -1 for a row that is written nowhere; scales fp32 [G], both or none. Inference only: it mutates the caches.
-    Raises ValueError for shapes and dtypes that do not fit and, on the CPU, for a slot outside the cache.
+    Raises ValueError for shapes, dtypes and devices that do not fit, where a gradient is asked for and, on the CPU, for a slot outside
+    the cache.
     """
-    assert not registry.in_graph(q_THd, k_TGd, v_TGd, k_cache, v_cache), "rope_into_cache is for inference: it gives no gradients"
+    if registry.in_graph(q_THd, k_TGd, v_TGd, k_cache, v_cache):
+        raise ValueError("rope_into_cache has no gradient and is not for torch.compile: call it under torch.no_grad(), or rope_qk")
     _check(q_THd, k_TGd, cos, sin)
     T, G, d = k_TGd.shape
     if v_TGd.shape != (T, G, d) or v_TGd.dtype != k_TGd.dtype:
@@ -319,6 +324,9 @@ def rope_into_cache(
         if (scale is None) != (k_scale is None) or (scale is not None and (scale.shape != (G,) or scale.dtype != torch.float32)):
             have = [None if s is None else (s.dtype, list(s.shape)) for s in (k_scale, v_scale)]
             raise ValueError(f"k_scale and v_scale must both be fp32 [{G}] or None, got {have[0]} and {have[1]}")
+    for tensor in (v_TGd, k_cache, v_cache, slots_T, k_scale, v_scale):
+        if tensor is not None and tensor.device != q_THd.device:
+            raise ValueError(f"all tensors must be on one device, got {q_THd.device} and {tensor.device}")
     name = registry.resolve_name("rope", q_THd.device.type, q_THd.dtype)
     run = rope_into_cache_reference if name == "reference" else _LAUNCHERS[name][1]
     k_scale, v_scale = None if k_scale is None else k_scale.contiguous(), None if v_scale is None else v_scale.contiguous()

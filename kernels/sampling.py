@@ -106,7 +106,7 @@ def sample_reference(
 ) -> Tensor:
     """By sorting; any device."""
     z_SV = penalised(logits_SV.float(), repetition_penalty, presence_penalty, frequency_penalty, counts)
-    greedy = temperature == 0
+    greedy = temperature <= 0
     warped = kept(z_SV / torch.where(greedy, 1.0, temperature)[:, None], top_k, top_p, min_p)
     score = warped - log_exponential(philox(seeds, steps, z_SV.shape[1]))
     return torch.where(greedy, z_SV.argmax(-1), score.argmax(-1))
@@ -140,6 +140,10 @@ def _(logits_SV, *_):
     return logits_SV.new_empty(logits_SV.shape[0], dtype=torch.int64)
 
 
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_WORDS = (torch.int64,)
+_DTYPES = {"seeds": _WORDS, "steps": _WORDS, "top_k": (torch.int32, torch.int64), "top_p": _FLOATING, "min_p": _FLOATING}  # else fp32
+
 registry.register(
     "sampling",
     {
@@ -167,8 +171,9 @@ def sample(
     """The next token of each row, int64 [S]. Nothing is read back to the host.
 
     logits fp32 [S, V], finite or -inf.  By row, [S]: temperature fp32, 0 for the largest logit; seeds and steps int64, what the noise
-    is made of; top_k integer (0 or >= V: all), top_p floating (1: all), min_p floating (0: all), penalties fp32 (1, 0, 0: none).
-    counts int32 [S, V]: how often each token was seen, which penalties need. Raises ValueError for shapes or dtypes that do not fit.
+    is made of; top_k int32 or int64 (0 or >= V: all), top_p (1: all) and min_p (0: all) floating, penalties fp32 (1, 0, 0: none).
+    counts int32 [S, V]: how often each token was seen, which penalties need. Raises ValueError for shapes, dtypes or devices that do not
+    fit, on the CPU also for a negative temperature (a GPU, which does not wait to look, takes it as 0).
     """
     S = logits_SV.shape[0]
     if logits_SV.dim() != 2 or logits_SV.shape[1] == 0 or logits_SV.dtype != torch.float32:
@@ -176,14 +181,21 @@ def sample(
     rows = {"temperature": temperature, "seeds": seeds, "steps": steps, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     penalties = {"repetition": repetition_penalty, "presence": presence_penalty, "frequency": frequency_penalty}
     for name, value in {**rows, **penalties}.items():
-        if value is not None and value.shape != (S,):
-            raise ValueError(f"expected {name} [{S}], got {list(value.shape)}")
-    if seeds.dtype != torch.int64 or steps.dtype != torch.int64:
-        raise ValueError(f"expected int64 seeds and steps, got {seeds.dtype} and {steps.dtype}")
+        if value is None:
+            continue
+        if value.shape != (S,) or value.device != logits_SV.device:
+            raise ValueError(f"expected {name} [{S}] on {logits_SV.device}, got {list(value.shape)} on {value.device}")
+        if value.dtype not in _DTYPES.get(name, (torch.float32,)):
+            raise ValueError(f"expected {name} in {' or '.join(map(str, _DTYPES.get(name, (torch.float32,))))}, got {value.dtype}")
+    if logits_SV.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((temperature >= 0).all()):
+        raise ValueError(f"expected temperatures of at least 0, got {temperature.min().item()}")
     if any(value is not None for value in penalties.values()) and counts is None:
         raise ValueError("penalties need counts, int32 [S, V], got None")
     if counts is not None and (counts.shape != logits_SV.shape or counts.dtype != torch.int32):
         raise ValueError(f"expected int32 counts {list(logits_SV.shape)}, got {counts.dtype} {list(counts.shape)}")
+    if counts is not None and counts.device != logits_SV.device:
+        raise ValueError(f"all tensors must be on one device, got {logits_SV.device} and {counts.device}")
+    by_row = [None if t is None else t.contiguous() for t in (temperature, top_k, top_p, min_p, seeds, steps, *penalties.values())]
     name = registry.resolve_name("sampling", logits_SV.device.type, logits_SV.dtype)
     run = partial(_sample, implementation=name) if torch.compiler.is_compiling() else _IMPLEMENTATIONS[name]
-    return run(logits_SV, temperature, top_k, top_p, min_p, seeds, steps, *penalties.values(), counts)
+    return run(logits_SV, *by_row, counts)

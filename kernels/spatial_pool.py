@@ -293,6 +293,20 @@ registry.register(
 )
 
 
+def check_maps(source_KHW: Tensor, size: tuple[int, int], mode: str, device: torch.device) -> None:
+    """Raises ValueError for what no kernel can pool into maps of `size`."""
+    if source_KHW.dim() != 3 or source_KHW.dtype != torch.int64:
+        raise ValueError(f"expected int64 sources [K, H, W], got {source_KHW.dtype} {list(source_KHW.shape)}")
+    if source_KHW.device != device:
+        raise ValueError(f"the sources must be on the table's device, {device}, got {source_KHW.device}")
+    H, W = source_KHW.shape[1:]
+    if mode not in ("average", "max", "bilinear"):
+        raise ValueError(f"mode must be average, max or bilinear, got {mode!r}")
+    fits = min(H, W, *size) >= 1 and (mode == "bilinear" or all(n <= h and h // (h // n) == n for h, n in zip((H, W), size, strict=True)))
+    if not fits:
+        raise ValueError(f"{mode} pooling cannot make maps of {tuple(size)} from maps of {(H, W)}")
+
+
 def spatial_pool(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mode: PoolMode = "average") -> Tensor:
     """Pool maps of table rows to `size` = (H', W').
 
@@ -301,16 +315,8 @@ def spatial_pool(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mo
     do not fit (average and max: a size that no window gives exactly). For a row outside the table the CPU kernel raises ValueError and
     the reference, on the CPU, IndexError; on a GPU the CUDA kernel and the reference stop at a device-side assertion, and Triton reads NaN.
     """
-    if table_MD.dim() != 2 or source_KHW.dim() != 3 or source_KHW.dtype != torch.int64:
-        raise ValueError(
-            "expected a table [M, D] and int64 sources [K, H, W], "
-            f"got {list(table_MD.shape)} and {source_KHW.dtype} {list(source_KHW.shape)}"
-        )
-    H, W = source_KHW.shape[1:]
-    if mode not in ("average", "max", "bilinear"):
-        raise ValueError(f"mode must be average, max or bilinear, got {mode!r}")
-    fits = min(H, W, *size) >= 1 and (mode == "bilinear" or all(n <= h and h // (h // n) == n for h, n in zip((H, W), size, strict=True)))
-    if not fits:
-        raise ValueError(f"{mode} pooling cannot make maps of {tuple(size)} from maps of {(H, W)}")
+    if table_MD.dim() != 2:
+        raise ValueError(f"expected a table [M, D], got {list(table_MD.shape)}")
+    check_maps(source_KHW, size, mode, table_MD.device)
     run = registry.resolve("spatial_pool", table_MD.device.type, table_MD.dtype)
     return run(table_MD, source_KHW, size, mode)

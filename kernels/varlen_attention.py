@@ -416,6 +416,7 @@ def varlen_attention(
     None: the queries are the last ones.  prefix: int32 [S, 2], key rows seen whole before the own keys (empty range: none).
     causal: a query sees own keys up to its place (none where that is below 0).  scale: 1 / sqrt(d) where None.
     q, k and v may be views with a contiguous last dimension: slices of one fused product.
+    Scores (scale q . k) must lie within 1e30 of 0: a running maximum begins at -1e30, and what is below counts as not seen.
     A row that sees no key gives 0, and lse -inf. Differentiable in q, k and v; lse carries no gradient.
     Raises ValueError for shapes, dtypes, strides or devices that do not fit, on the CPU also for lengths that do not (a GPU does
     not wait to look at them), and for an implementation asked for by name that cannot take the call.

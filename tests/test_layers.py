@@ -73,6 +73,17 @@ def test_writing_to_a_part_is_seen() -> None:
     torch.testing.assert_close(joined_linear(x, parts), torch.cat([part(x) for part in parts], -1))
 
 
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_writing_to_a_part_before_the_backward_pass_raises(part: int) -> None:
+    parts = make()
+    join([parts])
+    out = joined_linear(torch.randn(2, 6, dtype=torch.float64, requires_grad=True), parts).sum()
+    with torch.no_grad():
+        parts[part].weight.mul_(3)
+    with pytest.raises(RuntimeError, match="modified"):
+        out.backward()
+
+
 def test_neighbours_in_other_storages_are_not_joined() -> None:
     first, second = (torch.randn(n, 6) for n in (4, 2))
     assert layers._adjacent([first, second]) is None

@@ -10,6 +10,8 @@ from torch import Tensor
 from llava_fast.kernels import registry
 from llava_fast.kernels.projector import _project, _project_backward, project
 
+INDICES = ("source", "rows", "text_rows", "token_ids")
+
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", CASES)
@@ -103,6 +105,15 @@ def test_no_text_no_pictures_and_strides() -> None:
             torch.testing.assert_close(ours[key], theirs[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["average", "max", "plain"])
+def test_indices_with_strides(case: str) -> None:
+    a = make(case, torch.float32)
+    apart = {key: None if a[key] is None else torch.stack([a[key], torch.zeros_like(a[key])], -1)[..., 0] for key in INDICES}
+    apart["resamples"] = tuple((mode, cells.transpose(1, 2).contiguous().transpose(1, 2), size) for mode, cells, size in a["resamples"])
+    for key, ours in run({**a, **apart}, "cpu").items():
+        assert torch.equal(ours, run(a, "cpu")[key]), key
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -118,6 +129,11 @@ def test_no_text_no_pictures_and_strides() -> None:
         ({"rows": torch.full((60,), 91)}, "rows must be 0 to 90, got 91 to 91"),
         ({"source": torch.full((60,), 84)}, "source must be 0 to 83, got 84 to 84"),
         ({"token_ids": torch.full((91,), -1)}, "token_ids must be 0 to 10, got -1 to -1"),
+        ({"w2": torch.zeros(40, 40, device="meta")}, "one device, got cpu and meta"),
+        ({"rows": torch.zeros(60, dtype=torch.int64, device="meta")}, "one device, got cpu and meta"),
+        ({"resamples": (("average", torch.zeros(2, 5, 5, dtype=torch.int64), (0, 1)),)}, r"average pooling cannot make maps of \(0, 1\)"),
+        ({"resamples": (("average", torch.zeros(2, 5, 5, dtype=torch.int32), (2, 2)),)}, "got torch.int32"),
+        ({"resamples": (("median", torch.zeros(2, 5, 5, dtype=torch.int64), (2, 2)),)}, "got 'median'"),
     ],
 )
 def test_bad_arguments(change: dict, message: str, implementation: str) -> None:

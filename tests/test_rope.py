@@ -182,5 +182,11 @@ def test_bad_arguments() -> None:
         rope_into_cache(q, q, q, cos, cos, cache, cache[:4], slots)
     with pytest.raises(ValueError, match=r"both be fp32 \[2\] or None"):
         rope_into_cache(q, q, q, cos, cos, cache, cache, slots, torch.ones(2), None)
-    with pytest.raises(AssertionError, match="inference"):
+    with pytest.raises(ValueError, match="no gradient"):
         rope_into_cache(q.clone().requires_grad_(), q, q, cos, cos, cache, cache, slots)
+    with pytest.raises(ValueError, match="one device, got cpu and meta"):
+        rope_qk(q, q, cos, cos.to("meta"))
+    for change in ({"cos": cos.to("meta")}, {"k_cache": cache.to("meta")}, {"slots_T": slots.to("meta")}):
+        with pytest.raises(ValueError, match="one device, got cpu and meta"):
+            call = {"q_THd": q, "k_TGd": q, "v_TGd": q, "cos": cos, "sin": cos, "k_cache": cache, "v_cache": cache, "slots_T": slots}
+            rope_into_cache(**{**call, **change})

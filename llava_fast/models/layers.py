@@ -115,9 +115,12 @@ class _Adjacent(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: int, *tensors: Tensor) -> Tensor:
         ctx.rows = [tensor.shape[0] for tensor in tensors]
+        # The product keeps the view, which does not count writes to the parts: backward asks for these only to have autograd raise.
+        ctx.save_for_backward(*tensors)
         return _over(tensors[0], rows)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
         (grad,) = grads
         return None, *grad.split(ctx.rows)
