@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.kernels import _sampling_triton, _triton, registry
-from llava_fast.kernels.sampling import sample
+from llava_fast.kernels.sampling import sample, sample_reference
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +70,20 @@ def test_the_kept_set_of_tied_logits() -> None:
     S = 8
     ours, expected = both(torch.zeros(S, 10), **rows(S, temperature=torch.ones(S)), top_p=torch.full((S,), 0.45))
     assert torch.equal(ours, expected) and ours.min() >= 5 and len(set(ours.tolist())) > 1
+
+
+def test_parameters_with_strides() -> None:
+    logits = torch.randn(4, 150, generator=torch.Generator().manual_seed(5)) * 0.1
+    filters = {"top_k": torch.tensor([9, 40, 3, 70]), "top_p": torch.tensor([0.9, 0.5, 0.99, 0.7]), "min_p": torch.full((4,), 0.01)}
+    for given in (rows(4), rows(4) | filters):
+        apart = {name: torch.stack([value, torch.zeros_like(value)], 1)[:, 0] for name, value in given.items()}
+        ours, expected = both(logits, **apart)
+        assert torch.equal(ours, expected) and torch.equal(expected, both(logits, **given)[1])
+
+
+def test_a_negative_temperature_is_greedy_where_nobody_looks() -> None:
+    logits, nothing = torch.randn(2, 150, generator=torch.Generator().manual_seed(6)), (None,) * 4
+    row = torch.arange(2)
+    for run in (_sampling_triton.sample_triton, sample_reference):
+        for top_k in (None, torch.tensor([5, 9])):
+            assert torch.equal(run(logits, torch.tensor([-1.0, 0.0]), top_k, None, None, row, row, *nothing), logits.argmax(1))
