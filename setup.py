@@ -25,7 +25,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 from setuptools.modified import newer_group
 
-# No contraction: a * b + c rounds the same way in every instruction set, so all of them give the same bits.
+# No contraction: the compiler fuses no a * b + c, so what is written apart rounds apart in every instruction set. Where registers have
+# another width, or an instruction set another instruction, sums differ in their last bits all the same.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own _mm512_undefined_ps

@@ -120,8 +120,8 @@ void attention_forward(AttentionTask task, const AttentionIndex& index) {
         if (n <= kFewLanes) {
             few.push_back(s);
             int64_t place = few_partial.back();
-            for (int64_t j = 0; j < seq.keys(); j += kChunk) {
-                const int64_t last = std::min(j + kChunk, seq.keys());
+            for (int64_t j = 0; j < keys_of(seq); j += kChunk) {
+                const int64_t last = std::min(j + kChunk, keys_of(seq));
                 // Reading is what costs: as much as 16 lanes' arithmetic.
                 pieces.push_back({s, -1, j, last, place, static_cast<double>((last - j) * task.G * std::max<int64_t>(n, 16))});
                 place += task.G * n;
@@ -131,7 +131,7 @@ void attention_forward(AttentionTask task, const AttentionIndex& index) {
             const int64_t count = (n + most - 1) / most, size = ((n + count - 1) / count + 47) / 48 * 48;
             for (int64_t first = 0; first < n; first += size) {
                 const int64_t last = std::min(first + size, n);
-                int64_t keys = seq.keys();
+                int64_t keys = keys_of(seq);
                 if (task.causal && task.q_index == nullptr) keys = std::clamp<int64_t>(keys - seq.n_q + last / R, 0, keys);
                 for (int64_t g = 0; g < task.G; ++g)
                     pieces.push_back({s, g, first, last, 0, static_cast<double>((last - first) * (keys + 16))});
@@ -194,7 +194,7 @@ void attention_backward(AttentionTask task, const AttentionIndex& index) {
             cost.push_back(0);
         }
         number[s] = number[first];
-        cost[number[s]] += static_cast<double>(seq.n_q * (task.H / task.G) * (seq.keys() + 16));
+        cost[number[s]] += static_cast<double>(seq.n_q * (task.H / task.G) * (keys_of(seq) + 16));
     }
     const int64_t families = static_cast<int64_t>(cost.size());
     std::vector<int64_t> family_start(families + 1, 0), family, row_start(families + 1, 0), row, place(task.K, -1);

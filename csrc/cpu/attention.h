@@ -29,8 +29,12 @@ struct Sequence {
     int64_t prefix, shared;  // the first row of its prefix, and how many
     int64_t start, own;      // its own key rows; with a block table only `own` is used
     const int32_t* table;    // its row of the block table, or null
-    int64_t keys() const { return shared + own; }
 };
+
+// Static, as is partial_size: files of several instruction sets include this, and the linker may keep any of their inline functions.
+static inline int64_t keys_of(const Sequence& s) {
+    return s.shared + s.own;
+}
 
 // A piece of work of the forward pass: lanes [first, last) of key-value head g, or, where g < 0, keys [first, last) for all heads.
 struct Piece {
@@ -76,7 +80,7 @@ struct AttentionIndex {
 };
 
 // Floats of a partial result: the largest score, the sum, and d rounded up to whole registers.
-inline int64_t partial_size(int64_t d) {
+static inline int64_t partial_size(int64_t d) {
     return 2 + (d + 15) / 16 * 16;
 }
 

@@ -121,7 +121,7 @@ static void prepare(const AttentionTask& task, const Sequence& seq, int64_t g, i
         store(block.delta + i, sum);
     }
     for (int64_t i = 0; i < up(d, kRows) * lanes; ++i) block.grad_query[i] = 0.0f;
-    block.lowest = seq.keys();
+    block.lowest = keys_of(seq);
     block.highest = 0;
     for (int64_t i = 0; i < lanes; ++i) {
         const int64_t lane = block.first + least(i, block.n - 1);

@@ -72,7 +72,7 @@ static void forward_lanes(const AttentionTask& task, const Piece& piece) {
         block.limit = block.total + kLanes;
         gather(task, seq, task.q, g, block.first, block.n, task.scale, block.query, width);
         for (int64_t i = 0; i < columns * width; ++i) block.sum[i] = 0.0f;
-        block.lowest = seq.keys();
+        block.lowest = keys_of(seq);
         block.highest = 0;
         for (int64_t i = 0; i < width; ++i) {
             const int64_t limit = limit_of(task, seq, (block.first + least(i, block.n - 1)) / R);

@@ -56,7 +56,7 @@ static inline int64_t key_offset(const AttentionTask& task, const Sequence& seq,
 
 // How many keys the lane sees that belongs to query row t of the sequence.
 static inline int64_t limit_of(const AttentionTask& task, const Sequence& seq, int64_t t) {
-    if (!task.causal) return seq.keys();
+    if (!task.causal) return keys_of(seq);
     const int64_t place = task.q_index != nullptr ? task.q_index[seq.q_start + t] : seq.own - seq.n_q + t;
     return seq.shared + most(0, least(place + 1, seq.own));
 }

@@ -27,7 +27,7 @@ void cross_entropy_avx2(const CrossEntropyTask& task);
 void cross_entropy_avx512(const CrossEntropyTask& task);
 #endif
 
-// Throws std::invalid_argument for fp64 and for a label outside [0, vocab).
+// Throws std::invalid_argument for another dtype and for a label outside [0, vocab).
 void cross_entropy(const CrossEntropyTask& task);
 
 }  // namespace llava_fast

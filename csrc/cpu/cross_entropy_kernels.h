@@ -45,7 +45,12 @@ static inline RowSums row_sums(const T* row, int64_t n, bool with_sum) {
             total *= ::exp(static_cast<double>(best) - static_cast<double>(high));
             best = high;
         }
-        if (best != -INFINITY) {  // else every logit so far is -infinity and adds nothing
+        if (best == -INFINITY) {  // every logit so far is -infinity and adds nothing, or NaN, which no maximum shows
+            vec block_sum = splat(0.0f);
+            for (int64_t i = 0; i < registers; ++i) block_sum = block_sum + load(block + i * kWidth);
+            const float seen = sum(block_sum);
+            if (seen != seen) total = static_cast<double>(seen);
+        } else {
             vec sum_exp = splat(0.0f);
             for (int64_t i = 0; i < registers; ++i) sum_exp = sum_exp + exp(load(block + i * kWidth) - splat(best));
             total += static_cast<double>(sum(sum_exp));

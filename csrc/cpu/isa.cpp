@@ -4,8 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -17,7 +19,8 @@ namespace {
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 constexpr int kLevels = 4;
 
-// The registers of AMX are 8 KB more for the kernel to save, so a process asks for them, once for all its threads.
+// The registers of AMX are 8 KB more for the kernel to save, so a process asks for them, once for all its threads. It cannot give them
+// back: nobody asks who named another instruction set.
 bool amx_granted() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -30,18 +33,29 @@ bool amx_granted() {
 #endif
 }
 
+#if defined(__x86_64__)
+bool has_f16c() {  // older compilers' builtin does not know its name
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & 1u << 29) != 0;
+}
+#endif
+
 bool machine_has(Isa isa) {
+    if (isa == Isa::portable) return true;
 #if defined(__x86_64__)
     // These builtins also ask the operating system whether it saves the wide registers.
-    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (isa == Isa::avx2) return avx2;
-    if (isa >= Isa::avx512) {
-        static const bool amx = amx_granted();
-        return (isa == Isa::avx512 || amx) && avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return false;
+    if (isa == Isa::avx2) return true;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512dq")) {
+        return false;
     }
+    if (isa == Isa::avx512) return true;
+    static const bool amx = amx_granted();
+    return amx;
+#else
+    return false;
 #endif
-    return isa == Isa::portable;
 }
 
 Isa parse(const std::string& name) {

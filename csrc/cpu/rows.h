@@ -109,7 +109,7 @@ inline pair rounded_pair<bf16>(pair x) {
 }
 #endif
 
-// The first n of kPair elements; the lanes of the others are zero, and are not written. Inlined for the sake of a constant n.
+// The first n of kPair elements; the lanes of the others are zero, and are not written.
 template <typename T>
 static __attribute__((noinline)) pair load_part(const T* p, int64_t n) {
     T part[kPair] = {};

@@ -20,6 +20,13 @@ int threads_for(int threads, int64_t elements) {
     return elements < kFewElements ? 1 : threads;
 }
 
+// The kernels read anything else as one of the three.
+void check_dtype(const char* what, DType dtype, bool or_e4m3 = false) {
+    if (dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16 || (or_e4m3 && dtype == DType::e4m3)) return;
+    throw std::invalid_argument(std::string(what) + " must be fp32, bf16" + (or_e4m3 ? ", fp16 or e4m3" : " or fp16") + ", got " +
+                                (dtype == DType::f64 ? "fp64" : "e4m3"));
+}
+
 // Rows of `width` elements that begin with a line.
 bool streams(DType dtype, const void* out, int64_t rows, int64_t width) {
     const int64_t bytes = width * (dtype == DType::f32 ? 4 : 2);
@@ -42,6 +49,7 @@ std::unique_ptr<float, Free> floats(int64_t n) {
 }  // namespace
 
 void norm_forward(NormTask task) {
+    check_dtype("x", task.dtype), check_dtype("weight", task.weight_dtype);
     task.threads = threads_for(task.threads, task.T * task.D);
     const auto scratch = floats((2 + task.threads) * padded(task.D));
     task.scratch = scratch.get();
@@ -51,6 +59,7 @@ void norm_forward(NormTask task) {
 }
 
 void norm_backward(NormTask task) {
+    check_dtype("x", task.dtype), check_dtype("weight", task.weight_dtype);
     task.threads = threads_for(task.threads, task.T * task.D);
     task.centred = task.grad_bias != nullptr;
     const auto scratch = floats((1 + (task.centred ? 2 : 1) * kNormParts) * padded(task.D));
@@ -60,6 +69,8 @@ void norm_backward(NormTask task) {
 }
 
 void rope(RopeTask task) {
+    check_dtype("q", task.dtype), check_dtype("cos", task.table_dtype);
+    if (task.v_out) check_dtype("cache", task.cache_dtype, true);
     task.threads = threads_for(task.threads, task.T * (task.q.heads + task.k.heads) * task.d);
     for (int64_t t = 0; task.v_out && t < task.T; ++t) {
         if (task.slots[t] < -1 || task.slots[t] >= task.cache_rows) {
@@ -71,6 +82,7 @@ void rope(RopeTask task) {
 }
 
 void activation_forward(ActivationTask task) {
+    check_dtype("x", task.dtype);
     task.threads = threads_for(task.threads, task.n);
     task.stream = streams(task.dtype, task.out, task.n / kLine, kLine);
     task.curve = &activation_curve(task.kind, false);
@@ -78,6 +90,7 @@ void activation_forward(ActivationTask task) {
 }
 
 void activation_backward(ActivationTask task) {
+    check_dtype("x", task.dtype);
     task.threads = threads_for(task.threads, task.n);
     task.stream = streams(task.dtype, task.out, task.n / kLine, kLine);
     task.curve = &activation_curve(task.kind, true);
@@ -85,6 +98,7 @@ void activation_backward(ActivationTask task) {
 }
 
 void swiglu_forward(SwigluTask task) {
+    check_dtype("gate_up", task.dtype);
     task.threads = threads_for(task.threads, task.T * task.F);
     task.stream = streams(task.dtype, task.out, task.T, task.F);
     task.curve = &activation_curve(Activation::silu, false);
@@ -92,6 +106,7 @@ void swiglu_forward(SwigluTask task) {
 }
 
 void swiglu_backward(SwigluTask task) {
+    check_dtype("gate_up", task.dtype);
     task.threads = threads_for(task.threads, task.T * task.F);
     task.stream = streams(task.dtype, task.out, 2 * task.T, task.F);
     task.curve = &activation_curve(Activation::silu, false);

@@ -104,7 +104,7 @@ LLAVA_FAST_DECLARE(avx512)
 #endif
 #undef LLAVA_FAST_DECLARE
 
-// The tasks above with everything but centred, scratch, stream and curve set.
+// The tasks above with everything but centred, scratch, stream and curve set. All throw std::invalid_argument for a dtype they do not know.
 void norm_forward(NormTask task);
 void norm_backward(NormTask task);
 void rope(RopeTask task);  // throws std::invalid_argument for a slot outside [-1, cache_rows), before anything is written
