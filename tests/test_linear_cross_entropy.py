@@ -89,6 +89,27 @@ def test_the_pass_over_logits_in_every_instruction_set(isa: str, dtype: torch.dt
     _cpu.set_isa(before)
 
 
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_nan_among_the_logits_is_a_nan_loss(isa: str, dtype: torch.dtype) -> None:
+    before, block = _cpu.isa(), 1024
+    _cpu.set_isa(isa)
+    for V in (40, block + 40):
+        at_column = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).fill_diagonal_(torch.nan)
+        blocks = torch.full((2 + 2 * V, V), -torch.inf)  # a NaN among -infinities, blocks of NaN
+        blocks[:V].fill_diagonal_(torch.nan)
+        blocks[V : 2 * V] = torch.randn(V, generator=torch.Generator().manual_seed(1))
+        blocks[V : 2 * V, : V // 2] = -torch.inf
+        blocks[V : 2 * V].fill_diagonal_(torch.nan)
+        blocks[-2], blocks[-1], blocks[-1, : min(V - 1, block)] = torch.nan, 1.0, torch.nan
+        for logits in (at_column, blocks):
+            rows, loss, lse = logits.to(dtype), torch.empty(len(logits)), torch.empty(len(logits))
+            labels = (torch.arange(len(logits)) + 1) % V  # another column than the NaN's
+            module._rows_cpu(rows, labels, loss, lse, None, 1.0, 0.0, 0.0, True)
+            assert loss.isnan().all() and lse.isnan().all() and rows.isnan().all()
+    _cpu.set_isa(before)
+
+
 @pytest.mark.parametrize("implementation", CHUNKED)
 def test_sequences(implementation: str) -> None:
     h, w, labels = make(40, 16, 97, torch.float32, torch.float32)

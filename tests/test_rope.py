@@ -190,3 +190,26 @@ def test_bad_arguments() -> None:
         with pytest.raises(ValueError, match="one device, got cpu and meta"):
             call = {"q_THd": q, "k_TGd": q, "v_TGd": q, "cos": cos, "sin": cos, "k_cache": cache, "v_cache": cache, "slots_T": slots}
             rope_into_cache(**{**call, **change})
+
+
+def test_the_extension_refuses_dtypes_its_kernels_do_not_know() -> None:
+    fp32, fp64, e4m3 = _cpu.DType.float32, _cpu.DType.float64, _cpu.DType.float8_e4m3fn
+    rows, into = (0, 8, 8, 1, 0), (0, 8, 8)
+    for q, table in ((fp64, fp32), (fp32, fp64), (fp32, e4m3)):
+        with pytest.raises(ValueError, match="must be fp32, bf16 or fp16, got"):
+            _cpu.rope(q, table, 0, 8, 0, 0, False, *rows, *rows, 1)
+    with pytest.raises(ValueError, match="cache must be fp32, bf16, fp16 or e4m3, got fp64"):
+        _cpu.rope_into_cache(fp32, fp32, 0, 8, 0, 0, *rows, *rows[:4], *into, fp64, 1, 64, 64, 0, 0, 0, 1)
+    for x, weight in ((fp64, fp32), (fp32, fp64), (e4m3, fp32)):
+        with pytest.raises(ValueError, match="must be fp32, bf16 or fp16, got"):
+            _cpu.norm_forward(x, weight, 0, 8, 1e-6, 0, 0, 0, 0, 0, 0, 0, 1)
+        with pytest.raises(ValueError, match="must be fp32, bf16 or fp16, got"):
+            _cpu.norm_backward(x, weight, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0, 1)
+    for call in (
+        lambda: _cpu.activation_forward(fp64, _cpu.Activation.silu, 0, 0, 0, 1),
+        lambda: _cpu.activation_backward(e4m3, _cpu.Activation.silu, 0, 0, 0, 0, 1),
+        lambda: _cpu.swiglu_forward(fp64, 0, 8, 0, 0, 1),
+        lambda: _cpu.swiglu_backward(e4m3, 0, 8, 0, 0, 0, 1),
+    ):
+        with pytest.raises(ValueError, match="must be fp32, bf16 or fp16, got"):
+            call()

@@ -234,4 +234,12 @@ print(module.isa())
 
     assert [run(isa).stdout.strip() for isa in [*ISAS, ""]] == [*ISAS, ISAS[-1]]
     unknown = run("sse9")
+    if sys.platform == "linux" and "amx" in ISAS:  # who names another instruction set does not ask for the tiles' state, which is for good
+        script += """
+import ctypes
+granted = ctypes.c_uint64()
+ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(granted))  # arch_prctl(ARCH_GET_XCOMP_PERM)
+print(granted.value >> 18 & 1)
+"""
+        assert [run(isa).stdout.split()[1] for isa in ("portable", "avx512", "amx")] == ["0", "0", "1"]
     assert unknown.returncode == 1 and "ValueError: LLAVA_FAST_ISA must be one of" in unknown.stderr and "'sse9'" in unknown.stderr
