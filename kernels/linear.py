@@ -15,6 +15,7 @@ Shape letters: M rows of x, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,9 @@ BLOCK_BYTES = 256 << 20
 BLOCK_BYTES_FEW_ROWS = 512 << 10
 FEW_ROWS = 16
 
+_LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+_STORED = {"int8": torch.int8, "int4": torch.uint8, "fp8": torch.float8_e4m3fn}
+
 
 @dataclass(frozen=True)
 class Quantised:
@@ -48,13 +52,30 @@ class Quantised:
 
     weight  "int8": int8 [O, I], -127 to 127.  "fp8": float8_e4m3fn [O, I].  "int4": uint8 [O, I / 2], two numbers a byte, -7 to 7
             stored with 8 added; the low four bits are the even column.
-    scale   fp32 [O, ceil(I / group)]; group is a multiple of 32 or, for one scale a row, I.
+    scale   fp32 [O, ceil(I / group)], contiguous; group is a multiple of 32 or, for one scale a row, I.
+
+    Raises ValueError for anything else, and for tensors on two devices: kernels read both by address.
     """
 
     weight: Tensor
     scale: Tensor
     kind: str
     group: int
+
+    def __post_init__(self) -> None:
+        weight, scale, kind, group = self.weight, self.scale, self.kind, self.group
+        if kind not in _STORED:
+            raise ValueError(f"kind must be one of {', '.join(_STORED)}, got {kind!r}")
+        if weight.dtype != _STORED[kind] or weight.dim() != 2:
+            raise ValueError(f"{kind} weights are a matrix of {_STORED[kind]}, got {weight.dtype} {list(weight.shape)}")
+        O, I = self.shape
+        _check_group(group, I)
+        groups = -(-I // group)
+        if scale.dtype != torch.float32 or scale.shape != (O, groups) or not scale.is_contiguous() or scale.device != weight.device:
+            raise ValueError(
+                f"expected contiguous scales torch.float32 {[O, groups]} on {weight.device}, "
+                f"got {scale.dtype} {list(scale.shape)} with strides {scale.stride()} on {scale.device}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,7 +94,9 @@ class Quantised:
         return numbers.to(dtype) * scale
 
 
-_LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+def _check_group(group: int, I: int) -> None:
+    if group < 1 or (group % 32 and group != I):
+        raise ValueError(f"group must be a multiple of 32 or cover the {I} columns, got {group}")
 
 
 def quantise(weight_OI: Tensor, kind: str, group: int | None = None) -> Quantised:
@@ -86,12 +109,11 @@ def quantise(weight_OI: Tensor, kind: str, group: int | None = None) -> Quantise
         raise ValueError(f"kind must be one of {', '.join(_LARGEST)}, got {kind!r}")
     O, I = weight_OI.shape
     group = I if group is None else min(group, I)
-    if group < 1 or (group % 32 and group != I):
-        raise ValueError(f"group must be a multiple of 32 or cover the {I} columns, got {group}")
+    _check_group(group, I)
     if kind == "int4" and I % 2:
         raise ValueError(f"int4 stores two columns in a byte: the number of columns must be even, got {I}")
     wide = F.pad(weight_OI.detach().float(), (0, -I % group)).view(O, -1, group)
-    scale = wide.abs().amax(-1) / _LARGEST[kind]
+    scale = (wide.abs().amax(-1) / _LARGEST[kind]).contiguous()  # of a transposed W the maxima lie transposed, too
     numbers = (wide / torch.where(scale == 0, 1.0, scale).unsqueeze(-1)).view(O, -1)[:, :I]
     if kind == "fp8":
         return Quantised(numbers.to(torch.float8_e4m3fn).contiguous(), scale, kind, group)
@@ -99,7 +121,7 @@ def quantise(weight_OI: Tensor, kind: str, group: int | None = None) -> Quantise
     if kind == "int8":
         return Quantised(numbers.to(torch.int8).contiguous(), scale, kind, group)
     nibbles = (numbers + 8).to(torch.uint8).view(O, -1, 2)
-    return Quantised(nibbles[..., 0] | nibbles[..., 1] << 4, scale, kind, group)
+    return Quantised((nibbles[..., 0] | nibbles[..., 1] << 4).contiguous(), scale, kind, group)
 
 
 def _widened(weight: Tensor | Quantised, dtype: torch.dtype) -> Tensor:
@@ -134,7 +156,7 @@ def linear_reference(
 # launch(out [R, O], x [M, I], weight, scale, bias, residual [M, O], kind, group, act, rows, pre [M, O])
 # writes act(x W^T + b) + residual to row rows[m] of out (row m where rows is None), and x W^T + b to pre where one is given.
 # kind is the stored dtype's name or Quantised.kind; act "" is none. x, residual, out and pre have one dtype and contiguous last
-# dimensions; weight, scale and bias are contiguous.
+# dimensions; weight, scale, bias and rows are contiguous; out's rows do not overlap, nor meet x.
 LAUNCHERS: dict[str, Callable[..., None]] = {}
 
 
@@ -244,11 +266,13 @@ def _launch(
         residual = residual.contiguous()
     weight = weight if weight.is_contiguous() else weight.contiguous()
     bias = bias if bias is None or bias.is_contiguous() else bias.contiguous()
+    rows = rows if rows is None or rows.is_contiguous() else rows.contiguous()
     LAUNCHERS[implementation](out, x, weight, scale, bias, residual, kind, group, act, rows, pre)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _KINDS = {dtype: str(dtype).removeprefix("torch.") for dtype in (*_FLOATS, torch.float64)}
+_NAMES = tuple(_KINDS.values())
 
 
 def _launch_cpu(
@@ -292,11 +316,13 @@ _cpu_names: dict[tuple[torch.dtype, str, str], tuple[Any, Any, Any]] = {}
 
 def _name_cpu(module: Any) -> dict[tuple[torch.dtype, str, str], tuple[Any, Any, Any]]:
     """The C++ names of every (dtype, kind, act): a look-up in an enumeration takes longer than one here."""
-    for dtype in _FLOATS:
-        for kind in _CPU_KINDS:
-            for act in ("", *ACTIVATIONS):
-                names = getattr(module.DType, _KINDS[dtype]), getattr(module.WeightType, kind), getattr(module.Act, act or "none")
-                _cpu_names[dtype, kind, act] = names
+    global _cpu_names
+    _cpu_names = {  # whole at once: another thread may be looking
+        (dtype, kind, act): (getattr(module.DType, _KINDS[dtype]), getattr(module.WeightType, kind), getattr(module.Act, act or "none"))
+        for dtype in _FLOATS
+        for kind in _CPU_KINDS
+        for act in ("", *ACTIVATIONS)
+    }
     return _cpu_names
 
 
@@ -328,10 +354,12 @@ def linear(
     """act(x W^T + b) + residual.
 
     x [..., I], weight [O, I] of any float dtype or Quantised, bias [O], residual [..., O] in x's dtype -> [..., O] in x's dtype.
-    Differentiable in x, weight (not Quantised), bias and residual.
+    x and bias are fp32, bf16, fp16 or fp64, each its own. Differentiable in x, weight (not Quantised), bias and residual.
 
     out: a tensor [..., O] to write to. With rows, int64 [number of x's rows], `out` is [R, O] and row m of the result goes to row
     rows[m] of it (other rows stay; of two rows that go to one, either). Both are for inference: they raise where a gradient is wanted.
+    Rows of `out` must not overlap, and without a copy it must be a matrix with contiguous columns. From its first to its last element
+    it shares no memory with x, nor with the residual; without rows it may be the residual itself.
     Raises ValueError for shapes, dtypes, devices or an activation that do not fit and, on the CPU, for a row outside `out`.
     """
     if isinstance(weight, Quantised):
@@ -339,7 +367,13 @@ def linear(
     else:
         matrix, scale, kind, group = weight, None, _KINDS.get(weight.dtype, str(weight.dtype)), 0
     O, I = weight.shape
-    if x.shape[-1] != I or matrix.device != x.device or not x.dtype.is_floating_point:
+    floats = x.dtype in _KINDS and (bias is None or bias.dtype in _KINDS)
+    if not floats or (scale is None and kind not in _NAMES and not matrix.dtype.is_floating_point):
+        raise ValueError(
+            f"x and bias must be {', '.join(_NAMES)}, the weight of any float dtype or Quantised, "
+            f"got x {x.dtype}, bias {None if bias is None else bias.dtype} and weight {matrix.dtype}"
+        )
+    if x.shape[-1] != I or matrix.device != x.device:
         raise ValueError(f"expected x [..., {I}] for a weight [{O}, {I}] on {matrix.device}, got {x.dtype} {list(x.shape)} on {x.device}")
     if bias is not None and (bias.shape != (O,) or bias.device != x.device):
         raise ValueError(f"expected a bias [{O}] on {x.device}, got {list(bias.shape)} on {bias.device}")
@@ -369,6 +403,23 @@ def linear(
     return made if x.dim() == 2 else made.view(shape)
 
 
+def _place(matrix: Tensor) -> tuple[int, int]:
+    return matrix.data_ptr(), matrix.stride(0) if matrix.shape[0] > 1 else 0
+
+
+def _check_apart(out: Tensor, other: Tensor, name: str) -> None:
+    """Two matrices: the other is read while out is written."""
+    starts, ends = [], []
+    for matrix in (out, other):
+        last = sum((n - 1) * stride for n, stride in zip(matrix.shape, matrix.stride(), strict=True))
+        starts.append(matrix.data_ptr())
+        ends.append(starts[-1] + (last + 1) * matrix.element_size())
+    if out.numel() and other.numel() and starts[0] and max(starts) < min(ends):
+        raise ValueError(
+            f"`out` must not share memory with {name}, got addresses {starts[0]:#x} to {ends[0]:#x} and {starts[1]:#x} to {ends[1]:#x}"
+        )
+
+
 def _write(
     name: str,
     out: Tensor,
@@ -387,7 +438,7 @@ def _write(
     O = matrix.shape[0]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, matrix, bias, residual, out)):
         raise ValueError("`out` is for inference: call linear under torch.no_grad(), or without out")
-    M = x.numel() // max(1, x.shape[-1])
+    M = math.prod(x.shape[:-1])
     if rows is None:
         fits = out.shape == (*x.shape[:-1], O)
     else:
@@ -399,6 +450,18 @@ def _write(
             f"expected `out` {x.dtype} {expected} with contiguous columns on {x.device} (rows: int64 [{M}]), "
             f"got {out.dtype} {list(out.shape)} with strides {out.stride()} on {out.device}{given}"
         )
+    try:
+        flat = out if rows is not None else out.view(M, O)
+    except RuntimeError:
+        flat = None
+    if flat is None or (flat.shape[0] > 1 and flat.stride(0) < O):
+        raise ValueError(f"`out` must be a view of a matrix [{M}, {O}] whose rows do not overlap, got strides {out.stride()}")
+    x_MI, residual_MO = x.reshape(M, x.shape[-1]), None if residual is None else residual.reshape(M, O)
+    if not torch.compiler.is_compiling():
+        _check_apart(flat, x_MI, "x")
+        itself = rows is None and residual_MO is not None and _place(residual_MO) == _place(flat)
+        if residual_MO is not None and not itself:
+            _check_apart(flat, residual_MO, "the residual")
     if name == "reference":
         made = linear_reference(x, weight, bias, act, residual)
         if rows is None:
@@ -406,10 +469,8 @@ def _write(
         if rows.numel() and rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < out.shape[0]:
             raise ValueError(f"rows must be 0 to {out.shape[0] - 1}, got {int(rows.min())} to {int(rows.max())}")
         return out.index_copy_(0, rows, made.reshape(-1, O))
-    flat = out if out.dim() == 2 else out.view(-1, O)
-    x_MI, residual = x.reshape(-1, x.shape[-1]), None if residual is None else residual.reshape(-1, O)
     if torch.compiler.is_compiling():
-        _linear_into(flat, x_MI, matrix, scale, bias, residual, kind, group, act or "", rows, name)
+        _linear_into(flat, x_MI, matrix, scale, bias, residual_MO, kind, group, act or "", rows, name)
     else:
-        _launch(name, flat, x_MI, matrix, scale, bias, residual, kind, group, act or "", rows, None)
+        _launch(name, flat, x_MI, matrix, scale, bias, residual_MO, kind, group, act or "", rows, None)
     return out

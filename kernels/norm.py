@@ -30,6 +30,7 @@ from llava_fast.kernels._triton import DEVICES, config, jit, on_device, tl, trit
 from llava_fast.kernels.registry import Implementation
 
 WIDEST = 16384  # of the Triton kernels, which hold a row in registers
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @jit
@@ -101,15 +102,22 @@ def _norm_backward_kernel(
         tl.store(bias_parts_ptr + part * D + columns, grad_bias, mask=mask)
 
 
+def _as_read(x: Tensor, weight_D: Tensor, bias_D: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """weight and bias as the C++ kernels read them: both in one of their dtypes, or else in x's, as the formula says."""
+    dtype = weight_D.dtype
+    if dtype not in _DTYPES or (bias_D is not None and bias_D.dtype != dtype):  # .to alone takes 1 us
+        weight_D, bias_D = weight_D.to(x.dtype), None if bias_D is None else bias_D.to(x.dtype)
+    return weight_D.contiguous(), None if bias_D is None else bias_D.contiguous()
+
+
 def _forward_cpu(
     x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | None, eps: float, keep_stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     D = x.shape[-1]
     T = x.numel() // D
-    x, weight_D = x.contiguous(), weight_D.contiguous()
+    x = x.contiguous()
+    weight_D, bias_D = _as_read(x, weight_D, bias_D)
     residual = None if residual is None else residual.contiguous()
-    if bias_D is not None:
-        bias_D = (bias_D if bias_D.dtype == weight_D.dtype else bias_D.to(weight_D.dtype)).contiguous()  # .to alone takes 1 us
     out = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
     stats = x.new_empty(T if bias_D is None else 2 * T, dtype=torch.float32) if keep_stats else None
@@ -123,6 +131,7 @@ def _backward_cpu(
     grad: Tensor, grad_sum: Tensor | None, x: Tensor, weight_D: Tensor, stats: Tensor, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     D = x.shape[-1]
+    weight_D, _ = _as_read(x, weight_D, None)
     grad_x = torch.empty_like(x)
     grad_weight = weight_D.new_empty(D, dtype=torch.float32)
     grad_bias = torch.empty_like(grad_weight) if centred else None
@@ -258,7 +267,6 @@ def _backward(ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, _: Tensor 
 _norm.register_autograd(_backward, setup_context=_setup_context)
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "norm",
     {
@@ -278,6 +286,11 @@ def _run(x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | 
         raise ValueError(f"expected weights of the last dimension of x {list(x.shape)}, got {', '.join(map(str, have))}")
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(f"the residual must be like x, {x.dtype} {list(x.shape)}, got {residual.dtype} {list(residual.shape)}")
+    for tensor in (weight_D, bias_D, residual):
+        if tensor is not None and (tensor.device != x.device or not tensor.dtype.is_floating_point):
+            raise ValueError(
+                f"x is {x.dtype} on {x.device}, and its weights and residual must be floats there, got {tensor.dtype} on {tensor.device}"
+            )
     name = registry.resolve_name("norm", x.device.type, x.dtype, D)
     if name == "reference":
         return norm_reference(x, residual, weight_D, bias_D, eps)
@@ -289,12 +302,12 @@ def _run(x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | 
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x [..., D], weight [D]; returns [..., D] in x's dtype. Differentiable. Raises ValueError for shapes that do not fit."""
+    """x [..., D], weight [D]; returns [..., D] in x's dtype. Differentiable. Raises ValueError for shapes, dtypes or devices that do not fit."""
     return _run(x, None, weight_D, None, eps)[0]
 
 
 def layer_norm(x: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float) -> Tensor:
-    """x [..., D], weight and bias [D]; returns [..., D] in x's dtype. Differentiable. Raises ValueError for shapes that do not fit."""
+    """x [..., D], weight and bias [D]; returns [..., D] in x's dtype. Differentiable. Raises ValueError as rms_norm does."""
     return _run(x, None, weight_D, bias_D, eps)[0]
 
 

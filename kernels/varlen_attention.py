@@ -364,6 +364,9 @@ registry.register(
 )
 
 
+_WIDTHS = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}  # bytes of the dtypes of q, k and v
+
+
 def _check(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, q_index: Tensor | None, seqused_k: Tensor | None, prefix: Tensor | None
 ) -> None:
@@ -373,8 +376,8 @@ def _check(
     H, G, d = q.shape[1], k.shape[1], q.shape[2]
     if d == 0 or G == 0 or H == 0 or H % G:
         raise ValueError(f"the {H} heads of q must be a multiple of the {G} of k and v, and d at least 1, got {d}")
-    if k.dtype != v.dtype or not q.dtype.is_floating_point or q.dtype != k.dtype and torch.promote_types(q.dtype, k.dtype) != q.dtype:
-        raise ValueError(f"k and v must have one dtype, q's or a narrower one; got {q.dtype}, {k.dtype} and {v.dtype}")
+    if k.dtype != v.dtype or q.dtype not in _WIDTHS or q.dtype != k.dtype and _WIDTHS.get(k.dtype, 8) >= _WIDTHS[q.dtype]:
+        raise ValueError(f"k and v must have one dtype, q's or a narrower one of 16 bits or more; got {q.dtype}, {k.dtype} and {v.dtype}")
     if d > 1 and (q.stride(2) != 1 or k.stride(2) != 1 or v.stride(2) != 1):
         raise ValueError(f"the last dimension must be contiguous, got strides {q.stride()}, {k.stride()} and {v.stride()}")
     if cu_q.dtype != torch.int32 or cu_k.dtype != torch.int32 or cu_q.dim() != 1 or cu_q.shape != cu_k.shape or cu_q.shape[0] == 0:

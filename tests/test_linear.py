@@ -325,6 +325,14 @@ def test_compiles_without_graph_breaks(implementation: str) -> None:
         ({"out": torch.zeros(3, 6), "rows": torch.zeros(2, dtype=torch.int64)}, r"rows torch.int64 \[2\] for 3 rows"),
         ({"out": torch.zeros(3, 6), "rows": torch.zeros(3, dtype=torch.int32)}, "rows torch.int32"),
         ({"out": torch.zeros(3, 6), "x": torch.zeros(3, 8, requires_grad=True)}, "inference"),
+        ({"out": torch.zeros(6).expand(3, 6)}, r"rows do not overlap, got strides \(0, 1\)"),
+        ({"out": torch.zeros(2, 3, 9)[..., :6].transpose(0, 1), "x": torch.zeros(3, 2, 8)}, "must be a view of a matrix"),
+        ({"bias": torch.zeros(6).to(torch.float8_e4m3fn)}, "x torch.float32, bias torch.float8_e4m3fn"),
+        ({"bias": torch.zeros(6, dtype=torch.int64)}, "x torch.float32, bias torch.int64"),
+        ({"weight": torch.zeros(6, 8, dtype=torch.int64)}, "weight torch.int64"),
+        ({"weight": torch.zeros(6, 8, device="meta")}, "on meta, got torch.float32 .* on cpu"),
+        ({"bias": torch.zeros(6, device="meta")}, "on cpu, got .* on meta"),
+        ({"residual": torch.zeros(3, 6, device="meta")}, "on cpu, got .* on meta"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:
@@ -340,3 +348,57 @@ def test_bad_arguments(change: dict, message: str) -> None:
 def test_bad_quantisation(kind: str, group: int | None, columns: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         quantise(torch.zeros(2, columns), kind, group)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "int3"}, "got 'int3'"),
+        ({"kind": "int4"}, "int4 weights are a matrix of torch.uint8, got torch.int8"),
+        ({"group": 0}, "got 0"),
+        ({"group": 48}, "got 48"),
+        ({"scale": torch.ones(6, 2).half()}, "torch.float32 .* got torch.float16"),
+        ({"scale": torch.ones(6, 1)}, r"\[6, 2\] on cpu, got torch.float32 \[6, 1\]"),
+        ({"scale": torch.ones(2, 6).t()}, r"contiguous .* strides \(1, 6\)"),
+        ({"scale": torch.ones(6, 2, device="meta")}, "on cpu, got .* on meta"),
+    ],
+)
+def test_bad_quantised(change: dict, message: str) -> None:
+    good = {"weight": torch.zeros(6, 64, dtype=torch.int8), "scale": torch.ones(6, 2), "kind": "int8", "group": 32}
+    Quantised(**good)
+    with pytest.raises(ValueError, match=message):
+        Quantised(**{**good, **change})
+
+
+def test_quantise_a_transposed_weight() -> None:
+    weight = torch.randn(64, 6).t()
+    assert torch.equal(quantise(weight, "int4", 32).dequantise(), quantise(weight.contiguous(), "int4", 32).dequantise())
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_rows_with_a_stride(implementation: str) -> None:
+    x, weight, out = torch.randn(4, 8), torch.randn(6, 8), torch.zeros(8, 6)
+    with registry.use(linear=implementation):
+        linear(x, weight, out=out, rows=torch.arange(8)[::2])
+        assert torch.equal(out[::2], linear(x, weight)) and (out[1::2] == 0).all()
+
+
+def test_out_shares_no_memory_with_what_is_read() -> None:
+    buffer, weight = torch.randn(9, 8), torch.randn(8, 8)
+    with pytest.raises(ValueError, match="share memory with x, got addresses"):
+        linear(buffer, weight, out=buffer)
+    with pytest.raises(ValueError, match="share memory with x"):
+        linear(buffer[:5], weight, out=buffer[4:])
+    with pytest.raises(ValueError, match="share memory with the residual"):
+        linear(torch.randn(8, 8), weight, residual=buffer[:8], out=buffer[1:])
+    expected = linear(buffer[:4], weight)
+    assert torch.equal(linear(buffer[:4], weight, out=buffer[4:8]), expected)
+
+
+@pytest.mark.parametrize(("bias_type", "group", "message"), [("float32", 0, "got 0"), ("e4m3", 32, "bias must be")])
+def test_what_the_extension_refuses(bias_type: str, group: int, message: str) -> None:
+    x, weight, scale, bias, out = torch.zeros(2, 32), torch.zeros(6, 32, dtype=torch.int8), torch.ones(6), torch.zeros(6), torch.zeros(2, 6)
+    dtype = next(value for name, value in _cpu.DType.__members__.items() if bias_type in name)
+    addresses = (x.data_ptr(), 32, weight.data_ptr(), scale.data_ptr(), group, bias.data_ptr(), dtype, 0, 0, out.data_ptr(), 6, 2, 0, 0, 1)
+    with pytest.raises(ValueError, match=message):
+        _cpu.linear(_cpu.DType.float32, _cpu.WeightType.int8, _cpu.Act.none, 2, 32, 6, *addresses)

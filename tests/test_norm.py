@@ -81,6 +81,19 @@ def test_weights_of_another_dtype(dtype: torch.dtype, weight_dtype: torch.dtype,
     assert ours[4].dtype == weight_dtype
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("weight_dtype", [torch.float64, torch.float8_e4m3fn])
+def test_weights_of_dtypes_that_are_converted(weight_dtype: torch.dtype, centred: bool) -> None:
+    inputs = make((5, 123), torch.float32, weight_dtype, centred, True)
+    for ours, theirs in zip(with_grads(call, inputs), with_grads(reference, inputs), strict=True):
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.1 if ours.dtype == torch.float8_e4m3fn else 1e-5, atol=1e-5)
+
+
+def test_a_bias_keeps_the_precision_of_x() -> None:
+    x, _, weight, bias = make((5, 123), torch.float32, torch.float32, True, False)
+    torch.testing.assert_close(call(x, None, weight.bfloat16(), bias), reference(x, None, weight.bfloat16(), bias), rtol=1e-5, atol=1e-5)
+
+
 def test_bf16_equals_transformers(isa: str) -> None:
     x, _, weight, _ = make((33, 1024), torch.bfloat16, torch.bfloat16, False, False)
     theirs = Qwen2RMSNorm(1024, 1e-6).bfloat16()
@@ -179,6 +192,13 @@ def test_bad_arguments() -> None:
         add_layer_norm(x, x[:1], weight, weight, 1e-6)
     with pytest.raises(ValueError, match=r"x \[3, 0\]"):
         rms_norm(torch.zeros(3, 0), torch.ones(0), 1e-6)
+    with pytest.raises(ValueError, match="x is torch.float32 on cpu.* got torch.int64 on cpu"):
+        rms_norm(x, weight.long(), 1e-6)
+    for bad in ((x, weight.to("meta"), weight), (x, weight, weight.to("meta"))):
+        with pytest.raises(ValueError, match="x is torch.float32 on cpu.* got torch.float32 on meta"):
+            layer_norm(*bad, 1e-6)
+    with pytest.raises(ValueError, match="got torch.float32 on meta"):
+        add_rms_norm(x, x.to("meta"), weight, 1e-6)
 
 
 def test_reference_is_its_formula() -> None:

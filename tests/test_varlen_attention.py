@@ -302,6 +302,8 @@ GOOD = dict(
         (dict(q_THd=torch.zeros(5, 3, 8)), "3 heads of q must be a multiple of the 2"),
         (dict(q_THd=torch.zeros(5, 4, 8, dtype=torch.bfloat16)), "bfloat16, torch.float32"),
         (dict(v_KGd=torch.zeros(7, 2, 8, dtype=torch.bfloat16)), "float32 and torch.bfloat16"),
+        ({name: torch.zeros(7, 2, 8).to(torch.float8_e4m3fn) for name in ("k_KGd", "v_KGd")}, "got torch.float32, torch.float8_e4m3fn"),
+        ({name: torch.zeros(7, 2, 8, dtype=torch.int8) for name in ("k_KGd", "v_KGd")}, "got torch.float32, torch.int8"),
         (dict(k_KGd=torch.zeros(7, 8, 2).transpose(1, 2)), r"must be contiguous, got strides .*\(16, 1, 2\)"),
         (dict(cu_seqlens_q=torch.tensor([0, 2, 5])), "int64"),
         (dict(cu_seqlens_q=torch.tensor([0, 5], dtype=I32)), r"\[2\].*\[3\]"),

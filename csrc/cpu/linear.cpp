@@ -57,6 +57,10 @@ void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows
                                         ", expected a row of out, 0 to " + std::to_string(out_rows - 1));
         }
     }
+    if (task.scale != nullptr && task.group < 1) {
+        throw std::invalid_argument("group must be at least 1, got " + std::to_string(task.group));
+    }
+    if (bias != nullptr && bias_type == DType::e4m3) throw std::invalid_argument("the bias must be fp32, bf16, fp16 or fp64, got e4m3");
     std::vector<float> wide_bias;
     if (bias != nullptr && bias_type == DType::bf16) widen_all<bf16>(bias, task.O, wide_bias);
     if (bias != nullptr && bias_type == DType::f16) widen_all<f16>(bias, task.O, wide_bias);

@@ -1,6 +1,7 @@
 // y = act(x W^T + b) + residual with W stored narrow and widened in registers; see kernels/linear.py for the formula.
 //
-// Letters: M rows of x, I inputs, O outputs. Accumulation is fp32. Results depend on the instruction set alone, not on threads.
+// Letters: M rows of x, I inputs, O outputs. Accumulation is fp32. Results do not depend on threads. A row's depends on the
+// instruction set and on whether there are few rows or many, which take other paths: each path's sums have an order of their own.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +44,7 @@ void linear_amx(const LinearTask& task);
 float* linear_scratch(int64_t floats);
 
 // The whole op. bias_type: of task.bias, given as `bias`. out_rows: rows of out. Throws std::invalid_argument for an entry of rows
-// outside [0, out_rows).
+// outside [0, out_rows), a group below 1 and a bias in e4m3.
 void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows);
 
 }  // namespace llava_fast

@@ -10,7 +10,7 @@
 // Letters: a step is 32 columns of I. A panel is 32 rows of x or of W, two tiles. W's tile is the left operand, 16 rows of O by a step;
 // x's the right one, a step by 16 rows of x in pairs of columns; the sums are y transposed. Blocks of x's rows are split and packed so
 // that they stay in L2 while the panels of W pass; W in bf16 is multiplied where it lies. The order of sums depends on I alone: a row's
-// result does not depend on how many others there are, nor on threads.
+// result does not depend on how many others there are, as long as these tiles compute it (linear_amx below), nor on threads.
 #include <immintrin.h>
 
 #define ISA amx
@@ -73,7 +73,8 @@ static void pack_x(const LinearTask& task, int64_t m, int64_t begin, int64_t K, 
     }
 }
 
-// 32 numbers of a row of W as P bf16 each; those from `count` on are zero. int8 with one part waits for its scale.
+// 32 numbers of a row of W as P bf16 each; those from `count` on are zero, or -8 scale in int4, which meets
+// zeros of x. int8 with one part waits for its scale.
 template <int P, typename W>
 static inline void parts_of(const Weight<W>& weight, int64_t o, int64_t k, int64_t count, __m512i (&packed)[P]) {
     const W* from = place(weight.row(o), k);
