@@ -302,7 +302,10 @@ def _run(x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | 
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x [..., D], weight [D]; returns [..., D] in x's dtype. Differentiable. Raises ValueError for shapes, dtypes or devices that do not fit."""
+    """x [..., D], weight [D]; returns [..., D] in x's dtype. Differentiable.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
     return _run(x, None, weight_D, None, eps)[0]
 
 

@@ -314,7 +314,7 @@ def test_compiles_without_graph_breaks(implementation: str) -> None:
     ("change", "message"),
     [
         ({"x": torch.zeros(3, 9)}, r"expected x \[..., 8\] for a weight \[6, 8\] on cpu, got torch.float32 \[3, 9\]"),
-        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "got torch.int64"),
+        ({"x": torch.zeros(3, 8, dtype=torch.int64)}, "got x torch.int64"),
         ({"bias": torch.zeros(5)}, r"expected a bias \[6\] on cpu, got \[5\]"),
         ({"act": "relu"}, "act must be one of gelu, .*, got 'relu'"),
         ({"residual": torch.zeros(3, 5)}, r"expected a residual torch.float32 \[3, 6\].*got torch.float32 \[3, 5\]"),
