@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -14,14 +13,6 @@
 namespace llava_fast {
 
 namespace {
-
-constexpr std::align_val_t kAlign{64};
-
-struct Scratch {
-    float* data = nullptr;
-    int64_t size = 0;
-    ~Scratch() { ::operator delete(data, kAlign); }
-};
 
 void require(bool holds, const std::string& what) {
     if (!holds) throw std::invalid_argument(what);
@@ -90,18 +81,6 @@ int useful_threads(double work, int threads) {
 }
 
 }  // namespace
-
-float* attention_scratch(int64_t floats) {
-    static thread_local Scratch scratch;
-    if (scratch.size < floats) {
-        ::operator delete(scratch.data, kAlign);
-        scratch.data = nullptr;
-        scratch.size = 0;
-        scratch.data = static_cast<float*>(::operator new(floats * sizeof(float), kAlign));
-        scratch.size = floats;
-    }
-    return scratch.data;
-}
 
 void attention_forward(AttentionTask task, const AttentionIndex& index) {
     const std::vector<Sequence> sequences = make_sequences(task, index);

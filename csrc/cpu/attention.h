@@ -97,7 +97,4 @@ void attention_backward_avx512(const AttentionTask& task);
 void attention_forward(AttentionTask task, const AttentionIndex& index);
 void attention_backward(AttentionTask task, const AttentionIndex& index);
 
-// Memory of the calling thread, aligned to 64 bytes, kept between calls.
-float* attention_scratch(int64_t floats);
-
 }  // namespace llava_fast

@@ -143,21 +143,36 @@ static void write_rows(const Rows& rows, const int64_t* row, int64_t n, int64_t 
     }
 }
 
-static void backward_family(const AttentionTask& task, int64_t family, int64_t g) {
+// How a family's memory is laid out: its blocks, the tile at hand, the gradients of its key rows, the blocks' columns.
+struct FamilySizes {
+    int64_t rows, blocks;         // its key rows; the most blocks of a sequence
+    int64_t state, block_floats;  // floats of a block's columns, and of its GradBlock
+    int64_t floats;               // of all
+};
+
+static FamilySizes family_sizes(const AttentionTask& task, int64_t family) {
+    const int64_t d = task.d, R = task.H / task.G, width = up(d, kWidth);
+    int64_t lanes = 0;
+    for (int64_t m = task.family_start[family]; m < task.family_start[family + 1]; ++m) {
+        lanes = most(lanes, task.sequences[task.family[m]].n_q * R);
+    }
+    FamilySizes sizes;
+    sizes.rows = task.family_row_start[family + 1] - task.family_row_start[family];
+    sizes.blocks = (lanes + kLanes - 1) / kLanes;
+    sizes.state = kLanes * (2 * d + 2 * width + up(d, kRows) + 3);
+    sizes.block_floats = static_cast<int64_t>(sizeof(GradBlock) / sizeof(float));
+    sizes.floats = 2 * sizes.rows * width + kTile * (4 * kStride + 2 * kLanes) + sizes.blocks * (sizes.state + sizes.block_floats);
+    return sizes;
+}
+
+static void backward_family(const AttentionTask& task, int64_t family, int64_t g, float* scratch) {
     const int64_t d = task.d, R = task.H / task.G, width = up(d, kWidth), columns = up(d, kRows);
     const int64_t* row = task.family_row + task.family_row_start[family];
-    const int64_t rows = task.family_row_start[family + 1] - task.family_row_start[family];
-    int64_t most_lanes = 0;
-    for (int64_t m = task.family_start[family]; m < task.family_start[family + 1]; ++m) {
-        most_lanes = most(most_lanes, task.sequences[task.family[m]].n_q * R);
-    }
-    const int64_t most_blocks = (most_lanes + kLanes - 1) / kLanes;
-    const int64_t state = kLanes * (2 * d + 2 * width + columns + 3);
-    const int64_t block_floats = static_cast<int64_t>(sizeof(GradBlock) + sizeof(float) - 1) / static_cast<int64_t>(sizeof(float));
-    float* scratch = attention_scratch(2 * rows * width + kTile * (4 * kStride + 2 * kLanes) + most_blocks * (state + block_floats));
+    const FamilySizes sizes = family_sizes(task, family);
+    const int64_t rows = sizes.rows, state = sizes.state;
     GradBlock* blocks = reinterpret_cast<GradBlock*>(scratch);
-    float* keys = scratch + up(most_blocks * block_floats, 2);
-    float *values = keys + kTile * kStride, *tile_k = values + kTile * kStride, *tile_v = tile_k + kTile * kStride;
+    float *keys = scratch + sizes.blocks * sizes.block_floats, *values = keys + kTile * kStride, *tile_k = values + kTile * kStride,
+          *tile_v = tile_k + kTile * kStride;
     float *weights = tile_v + kTile * kStride, *grads = weights + kTile * kLanes;
     float *grad_k = grads + kTile * kLanes, *grad_v = grad_k + rows * width, *states = grad_v + rows * width;
     for (int64_t i = 0; i < 2 * rows * width; ++i) grad_k[i] = 0.0f;
@@ -225,8 +240,13 @@ static void backward_family(const AttentionTask& task, int64_t family, int64_t g
 }  // namespace ISA
 
 void LLAVA_FAST_JOIN(attention_backward_, ISA)(const AttentionTask& task) {
+    int64_t floats = 0;
+    for (int64_t f = 0; f < task.family_count; ++f) floats = ISA::most(floats, ISA::family_sizes(task, f).floats);
+    const Scratch scratch(task.threads, floats);
 #pragma omp parallel for schedule(dynamic, 1) num_threads(task.threads) if (task.threads > 1)
-    for (int64_t i = 0; i < task.family_count * task.G; ++i) ISA::backward_family(task, task.family_order[i / task.G], i % task.G);
+    for (int64_t i = 0; i < task.family_count * task.G; ++i) {
+        ISA::backward_family(task, task.family_order[i / task.G], i % task.G, scratch.mine());
+    }
 }
 
 }  // namespace llava_fast

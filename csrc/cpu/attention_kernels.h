@@ -50,12 +50,15 @@ static void forward_tile(const Block& block, const float* keys, const float* val
     weigh<N>(values, scores, n, d, factor, block.sum);
 }
 
-static void forward_lanes(const AttentionTask& task, const Piece& piece) {
+// Floats of a block's state.
+static inline int64_t state_size(int64_t d) {
+    return kLanes * (2 * up(d, kRows) + 3);
+}
+
+static void forward_lanes(const AttentionTask& task, const Piece& piece, float* scratch) {
     const Sequence& seq = task.sequences[piece.sequence];
     const int64_t d = task.d, columns = up(d, kRows), R = task.H / task.G, g = piece.g;
-    const int64_t count = (piece.last - piece.first + kLanes - 1) / kLanes;
-    const int64_t state = kLanes * (2 * columns + 3);
-    float* scratch = attention_scratch(kTile * (2 * kStride + kLanes) + count * state);
+    const int64_t count = (piece.last - piece.first + kLanes - 1) / kLanes, state = state_size(d);
     float *keys = scratch, *values = keys + kTile * kStride, *scores = values + kTile * kStride, *states = scores + kTile * kLanes;
     Block blocks[kMaxLanes / kLanes];
     int64_t highest = 0;
@@ -166,10 +169,9 @@ static inline void with_rows(const T* const* rows, int64_t head, int64_t d, int6
 }
 
 template <typename E>
-static void forward_keys(const AttentionTask& task, const Piece& piece) {
+static void forward_keys(const AttentionTask& task, const Piece& piece, float* scratch) {
     const Sequence& seq = task.sequences[piece.sequence];
     const int64_t d = task.d, G = task.G, R = task.H / G, lanes = seq.n_q * R, size = partial_size(d), n = piece.last - piece.first;
-    float* scratch = attention_scratch(G * lanes * (size + kChunk) + kWidth * kStride);
     float *queries = scratch, *scores = queries + G * lanes * size, *wide = scores + G * lanes * kChunk;
     float* partial = task.partial + piece.partial * size;
     for (int64_t g = 0; g < G; ++g) {
@@ -235,12 +237,11 @@ static void forward_keys(const AttentionTask& task, const Piece& piece) {
 }
 
 // The partial results of one sequence and key-value head become its rows of the output.
-static void join(const AttentionTask& task, int64_t few, int64_t g) {
+static void join(const AttentionTask& task, int64_t few, int64_t g, float* out) {
     const Sequence& seq = task.sequences[task.few[few]];
     const int64_t d = task.d, R = task.H / task.G, lanes = seq.n_q * R, size = partial_size(d);
     const int64_t parts = (task.few_partial[few + 1] - task.few_partial[few]) / (task.G * lanes);
     const float scale = task.v_scale == nullptr ? 1.0f : task.v_scale[g];
-    float* out = attention_scratch(size);
     for (int64_t l = 0; l < lanes; ++l) {
         const float* first = task.partial + (task.few_partial[few] + g * lanes + l) * size;
         const int64_t step = task.G * lanes * size;
@@ -263,25 +264,39 @@ static void join(const AttentionTask& task, int64_t few, int64_t g) {
     }
 }
 
-static void run_piece(const AttentionTask& task, const Piece& piece) {
+static void run_piece(const AttentionTask& task, const Piece& piece, float* scratch) {
     if (piece.g >= 0) {
-        forward_lanes(task, piece);
+        forward_lanes(task, piece, scratch);
     } else if (task.k.type == DType::e4m3) {
-        forward_keys<e4m3>(task, piece);
+        forward_keys<e4m3>(task, piece, scratch);
     } else {
-        LLAVA_FAST_BY_TYPE(task.k.type, forward_keys<T>(task, piece))
+        LLAVA_FAST_BY_TYPE(task.k.type, forward_keys<T>(task, piece, scratch))
     }
+}
+
+// Floats of the largest piece and of `join`.
+static int64_t forward_scratch(const AttentionTask& task) {
+    const int64_t size = partial_size(task.d);
+    int64_t floats = size;
+    for (int64_t i = 0; i < task.piece_count; ++i) {
+        const Piece& piece = task.pieces[i];
+        const int64_t lanes = piece.g >= 0 ? piece.last - piece.first : task.sequences[piece.sequence].n_q * task.H;
+        floats = most(floats, piece.g >= 0 ? kTile * (2 * kStride + kLanes) + (lanes + kLanes - 1) / kLanes * state_size(task.d)
+                                           : lanes * (size + kChunk) + kWidth * kStride);
+    }
+    return floats;
 }
 
 }  // namespace ISA
 
 void LLAVA_FAST_JOIN(attention_forward_, ISA)(const AttentionTask& task) {
+    const Scratch scratch(task.threads, ISA::forward_scratch(task));
 #pragma omp parallel num_threads(task.threads) if (task.threads > 1)
     {
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t i = 0; i < task.piece_count; ++i) ISA::run_piece(task, task.pieces[i]);
+        for (int64_t i = 0; i < task.piece_count; ++i) ISA::run_piece(task, task.pieces[i], scratch.mine());
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < task.few_count * task.G; ++i) ISA::join(task, i / task.G, i % task.G);
+        for (int64_t i = 0; i < task.few_count * task.G; ++i) ISA::join(task, i / task.G, i % task.G, scratch.mine());
     }
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cpu/attention.h"
+#include "cpu/scratch.h"
 #include "cpu/vec.h"
 
 namespace llava_fast {

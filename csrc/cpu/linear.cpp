@@ -1,7 +1,6 @@
 #include "cpu/linear.h"
 
 #include <algorithm>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -12,14 +11,6 @@
 namespace llava_fast {
 
 namespace {
-
-constexpr std::align_val_t kAlign{64};
-
-struct Scratch {
-    float* data = nullptr;
-    int64_t size = 0;
-    ~Scratch() { ::operator delete(data, kAlign); }
-};
 
 template <typename T>
 void widen_all(const void* from, int64_t n, std::vector<float>& to) {
@@ -34,18 +25,6 @@ int useful_threads(const LinearTask& task) {
 }
 
 }  // namespace
-
-float* linear_scratch(int64_t floats) {
-    static thread_local Scratch scratch;
-    if (scratch.size < floats) {
-        ::operator delete(scratch.data, kAlign);
-        scratch.data = nullptr;
-        scratch.size = 0;
-        scratch.data = static_cast<float*>(::operator new(floats * sizeof(float), kAlign));
-        scratch.size = floats;
-    }
-    return scratch.data;
-}
 
 void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows) {
     if (task.rows == nullptr && task.M > out_rows) {

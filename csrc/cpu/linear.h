@@ -40,9 +40,6 @@ void linear_avx512(const LinearTask& task);
 void linear_amx(const LinearTask& task);
 #endif
 
-// 64-byte aligned memory of the calling thread, kept from call to call; contents are what the last user left.
-float* linear_scratch(int64_t floats);
-
 // The whole op. bias_type: of task.bias, given as `bias`. out_rows: rows of out. Throws std::invalid_argument for an entry of rows
 // outside [0, out_rows), a group below 1 and a bias in e4m3.
 void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows);

@@ -186,18 +186,37 @@ struct Job {
     const LinearTask& task;
     const Weight<W> weight;
     const int64_t depths, depth, x_tile;
-    int64_t held = 1, waiting = 1;                         // depths of x that are packed at a time; panels whose sums wait for the next
-    int64_t first_w = 0, end_w = 0, from = 0, panels = 0;  // this thread's panels of W, and a block of x
+    int64_t first_w, end_w, first_x, end_x;  // this thread's panels
+    int64_t held = 1, waiting = 1;           // depths of x that are packed at a time; panels of W whose sums wait for the next
+    int64_t blocks, most;                    // blocks of x, and panels of the largest
+    int64_t from = 0, panels = 0;            // the block at hand
     float *sums = nullptr, *added = nullptr;
     bf16 *w = nullptr, *x = nullptr;
 
-    explicit Job(const LinearTask& task)
+    // Thread `share` of those that were asked for, in `splits` groups that differ in their rows of x.
+    Job(const LinearTask& task, int64_t splits, int64_t share)
         : task(task),
           weight(task),
           depths(task.I > kMaxK ? ceil_div(task.I, kMaxK) : 1),
           depth(ceil_div(ceil_div(task.I, depths), kStep) * kStep),
-          x_tile(depth * kTile * PX) {}
+          x_tile(depth * kTile * PX) {
+        const int64_t x_panels = ceil_div(task.M, kPanel), w_panels = ceil_div(task.O, kPanel), w_splits = task.threads / splits;
+        first_w = w_panels * (share / splits) / w_splits;
+        end_w = w_panels * (share / splits + 1) / w_splits;
+        first_x = x_panels * (share % splits) / splits;
+        end_x = x_panels * (share % splits + 1) / splits;
+        // Few rows of x are packed whole; of many, one depth at a time.
+        if (depths == 1 || (end_x - first_x) * 4 * x_tile * depths <= kHeld) {
+            held = depths;
+        } else {
+            waiting = end_w - first_w;
+        }
+        const int64_t bytes = 4 * x_tile * held + 16 * kSums * waiting, room = bytes < kHeld ? kHeld / bytes : 1;
+        blocks = ceil_div(end_x - first_x, room);
+        most = blocks == 0 ? 0 : ceil_div(end_x - first_x, blocks);
+    }
 
+    int64_t floats() const { return 4 * kSums * (1 + most * waiting) + (depth * PW * kPanel + x_tile * 2 * most * held) / 2; }
     int64_t columns(int64_t d) const { return task.I - d * depth < depth ? task.I - d * depth : depth; }
     bf16* packed(int64_t d, int64_t tile) const { return x + (d % held * panels * 2 + tile) * x_tile; }
 
@@ -243,23 +262,10 @@ struct Job {
         }
     }
 
-    // Thread `share` of those that were asked for.
-    void run(int64_t share) {
-        const int64_t x_panels = ceil_div(task.M, kPanel), w_panels = ceil_div(task.O, kPanel);
-        const int64_t splits = splits_of_rows(x_panels, w_panels, task.threads, 0, 2), w_splits = task.threads / splits;
-        first_w = w_panels * (share / splits) / w_splits;
-        end_w = w_panels * (share / splits + 1) / w_splits;
-        const int64_t first_x = x_panels * (share % splits) / splits, end_x = x_panels * (share % splits + 1) / splits;
+    // scratch: `floats` of them.
+    void run(float* scratch) {
         if (end_x == first_x || end_w == first_w) return;
-        // Few rows of x are packed whole; of many, one depth at a time.
-        if (depths == 1 || (end_x - first_x) * 4 * x_tile * depths <= kHeld) {
-            held = depths;
-        } else {
-            waiting = end_w - first_w;
-        }
-        const int64_t bytes = 4 * x_tile * held + 16 * kSums * waiting, room = bytes < kHeld ? kHeld / bytes : 1;
-        const int64_t blocks = ceil_div(end_x - first_x, room), most = ceil_div(end_x - first_x, blocks);
-        sums = linear_scratch(4 * kSums * (1 + most * waiting) + (depth * PW * kPanel + x_tile * 2 * most * held) / 2);
+        sums = scratch;
         added = sums + 4 * kSums * most * waiting;
         w = reinterpret_cast<bf16*>(added + 4 * kSums);
         x = w + depth * PW * kPanel;
@@ -282,8 +288,15 @@ struct Job {
 
 template <typename T, typename W, int PW>
 static void on_tiles(const LinearTask& task) {
+    const int64_t splits = splits_of_rows(ceil_div(task.M, kPanel), ceil_div(task.O, kPanel), task.threads, 0, 2);
+    int64_t floats = 0;
+    for (int64_t share = 0; share < task.threads; ++share) {
+        const int64_t needed = Job<T, W, PW>(task, splits, share).floats();
+        floats = needed > floats ? needed : floats;
+    }
+    const Scratch scratch(task.threads, floats);
 #pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
-    for (int64_t share = 0; share < task.threads; ++share) Job<T, W, PW>(task).run(share);
+    for (int64_t share = 0; share < task.threads; ++share) Job<T, W, PW>(task, splits, share).run(scratch.of(share));
 }
 
 template <typename T>

@@ -21,7 +21,8 @@ constexpr int64_t kRows = 4;
 constexpr int64_t kMaxK = 384, kMaxColumns = 96;
 #endif
 constexpr int64_t kColumns = 2 * kWidth;
-constexpr int64_t kStrideA = kMaxK + 16;  // not a power of two: the rows of a panel fall into different sets of L1
+constexpr int64_t kMaxRows = 4096 / kRows * kRows;  // of a job: its sums are 6 MB
+constexpr int64_t kStrideA = kMaxK + 16;            // not a power of two: the rows of a panel fall into different sets of L1
 
 // c[m, 0 .. kColumns) (+)= sum over k of a[m, k] b[k, :]; each block of K is summed by itself, which also rounds less than one long chain.
 template <int R>
@@ -96,11 +97,15 @@ template <typename T, typename W>
 static void many_rows(const LinearTask& task) {
     const Weight<W> weight(task);
     const int64_t row_panels = ceil_div(task.M, kRows), column_panels = ceil_div(task.O, kColumns);
-    const int64_t splits = splits_of_rows(row_panels, column_panels, task.threads, 1, 0), column_threads = task.threads / splits;
+    const int64_t row_threads = splits_of_rows(row_panels, column_panels, task.threads, 1, 0), column_threads = task.threads / row_threads;
+    const int64_t splits = row_threads * ceil_div(ceil_div(row_panels, row_threads) * kRows, kMaxRows);
     const int64_t blocks = ceil_div(ceil_div(column_panels * kColumns, kMaxColumns), column_threads) * column_threads;
     const int64_t depths = ceil_div(task.I, kMaxK) > 0 ? ceil_div(task.I, kMaxK) : 1;
     const int64_t depth = ceil_div(ceil_div(task.I, depths), 32) * 32;  // so that a scale's group of 32 is not cut
     const int64_t width = ceil_div(column_panels, blocks) * kColumns;
+    // With one block of I the sums live in one tile's rows, else in a buffer of the job's whole output.
+    const int64_t waiting = depths > 1 ? ceil_div(row_panels, splits) * kRows : kRows;
+    const Scratch scratch(task.threads, width * kMaxK + kRows * kStrideA + waiting * width);
 #pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
     for (int64_t job = 0; job < splits * blocks; ++job) {
         const int64_t split = job % splits, block = job / splits;
@@ -110,9 +115,7 @@ static void many_rows(const LinearTask& task) {
         const int64_t first_o = first_panel * kColumns;
         const int64_t columns = first_o + panels * kColumns < task.O ? panels * kColumns : task.O - first_o;
         if (panels == 0) continue;
-        // With one block of I the sums live in one tile's rows, else in a buffer of the job's whole output.
-        float* b = linear_scratch(width * kMaxK + kRows * kStrideA + (depths > 1 ? last_m - first_m : kRows) * width);
-        float *a = b + width * kMaxK, *sums = a + kRows * kStrideA;
+        float *b = scratch.mine(), *a = b + width * kMaxK, *sums = a + kRows * kStrideA;
         for (int64_t d = 0, begin = 0; d < depths; ++d, begin += depth) {
             const int64_t K = begin + depth < task.I ? depth : task.I > begin ? task.I - begin : 0;
             for (int64_t o = 0; o < panels * kColumns; o += kWidth) {

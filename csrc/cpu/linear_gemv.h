@@ -87,12 +87,13 @@ template <typename T, typename W>
 static void few_rows(const LinearTask& task) {
     const Weight<W> weight(task);
     const int64_t M = task.M, I = task.I;
+    const Scratch scratch(task.threads, sizeof(T) < sizeof(float) ? M * I : 0);
 #pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
     for (int64_t t = 0; t < task.threads; ++t) {
         const float* x = static_cast<const float*>(task.x);
         int64_t x_stride = task.x_stride;
         if (sizeof(T) < sizeof(float)) {
-            float* wide = linear_scratch(M * I);
+            float* wide = scratch.of(t);
             for (int64_t m = 0; m < M; ++m) {
                 const T* row = static_cast<const T*>(task.x) + m * task.x_stride;
                 for (int64_t k = 0; k < I; ++k) wide[m * I + k] = widen(row[k]);

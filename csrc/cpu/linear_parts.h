@@ -6,6 +6,7 @@
 
 #include "cpu/act.h"
 #include "cpu/linear.h"
+#include "cpu/scratch.h"
 #include "cpu/vec.h"
 
 namespace llava_fast {
