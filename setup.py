@@ -1,7 +1,8 @@
 """Native extensions; everything else is in pyproject.toml. Neither extension needs torch, its headers or a GPU to build.
 
 llava_fast._cpu   csrc/bindings.cpp and csrc/cpu/*.cpp, wherever there is a C++ compiler. Files that end in _avx2.cpp,
-                  _avx512.cpp or _amx.cpp get their instruction set's flags and are built on x86-64 alone; the rest is portable.
+                  _avx512.cpp or _amx.cpp get their instruction set's flags and are left out where the compiler refuses these
+                  or builds for another architecture too; the rest is portable.
 llava_fast._cuda  csrc/cuda/*, where nvcc is found: machine code for sm_80 and sm_90a, PTX for compute_80 and compute_90.
 
 LLAVA_FAST_CUDA=0 leaves _cuda out; LLAVA_FAST_CUDA=1 makes it a must. Otherwise a failing compile prints a warning and the
@@ -11,13 +12,13 @@ package installs without that extension: everything then runs on the reference a
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pybind11
 from setuptools import Extension, setup
@@ -30,7 +31,7 @@ from setuptools.modified import newer_group
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"]
 AVX512 += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # GCC 12 warns of its own _mm512_undefined_ps
-ISA_FLAGS = {
+ISA_FLAGS = {  # each set includes the one before
     "_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "_avx512.cpp": AVX512,
     "_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-bf16"],  # GCC 11, clang 12
@@ -84,8 +85,10 @@ class BuildExtensions(build_ext):
         if ext.name.endswith("._cuda"):
             self._build_cuda(ext)
             return
-        if platform.machine() not in ("x86_64", "AMD64"):
-            ext.sources = [source for source in ext.sources if not source.endswith(tuple(ISA_FLAGS))]
+        level = self.level()
+        left_out = tuple(ISA_FLAGS)[level:]
+        ext.sources = [source for source in ext.sources if not source.endswith(left_out)]
+        ext.extra_compile_args = [*ext.extra_compile_args, f"-DLLAVA_FAST_LEVEL={level}"]
 
         def compiled(source: str) -> str:
             (built,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
@@ -99,6 +102,19 @@ class BuildExtensions(build_ext):
             ext.extra_objects = list(pool.map(compiled, ext.sources))
         ext.sources, ext.depends = [], [*ext.depends, *ext.extra_objects]
         super().build_extension(ext)
+
+    def level(self) -> int:
+        """How many of ISA_FLAGS the compiler takes. None where any of its targets is not x86-64: a universal2 build has two."""
+        with TemporaryDirectory() as folder:
+            probe = Path(folder, "probe.cpp")
+            probe.write_text("#ifndef __x86_64__\n#error this target is not x86-64\n#endif\n")
+            for level, (suffix, flags) in enumerate(ISA_FLAGS.items()):
+                try:
+                    self.compiler.compile([str(probe)], output_dir=folder, extra_postargs=flags)
+                except CompileError:
+                    print(f"csrc/cpu/*{suffix} and beyond are left out: the compiler does not take their flags for its target", flush=True)
+                    return level
+        return len(ISA_FLAGS)
 
     def _build_cuda(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))

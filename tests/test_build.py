@@ -15,8 +15,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from setuptools import Distribution
+from setuptools.command.build_ext import customize_compiler, new_compiler
 
 ROOT = Path(__file__).parent.parent
+X86 = platform.machine() in ("x86_64", "AMD64")
 NATIVE = ("_cpu.cpython", "_cuda.cpython")
 CHECK = """
 import sys, torch, llava_fast, llava_fast.kernels
@@ -146,7 +149,23 @@ def test_cuda_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         setup.extensions()
 
 
-COMPILE = ["g++", "-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off"]
+@pytest.mark.parametrize(
+    ("case", "level"), [("-)", 3), ("*-mamx*) exit 1", 2), ("*-mavx512*) exit 1", 1), ('*) set -- -U__x86_64__ "$@"', 0), ("*) exit 1", 0)]
+)
+def test_instruction_sets_by_compiler(case: str, level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a compiler lacks, or cannot do for all of its targets, is left out, and nothing else."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in {case};; esac\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("CXX", str(compiler))
+    command = load_setup().BuildExtensions(Distribution())
+    command.compiler = new_compiler()
+    customize_compiler(command.compiler)
+    assert command.level() == (level if X86 else 0)
+
+
+COMPILE = ["g++", "-std=c++17", "-O1", "-g", "-fopenmp", "-ffp-contract=off", f"-DLLAVA_FAST_LEVEL={3 if X86 else 0}"]
 COMPILE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{ROOT / 'csrc'}"]
 
 
@@ -154,7 +173,7 @@ COMPILE += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{RO
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The CPU kernels without their bindings, as objects."""
     folder = tmp_path_factory.mktemp("sanitized")
-    flags = load_setup().ISA_FLAGS if platform.machine() in ("x86_64", "AMD64") else {}
+    flags = load_setup().ISA_FLAGS if X86 else {}
     objects = []
     for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
         special = [found for suffix, found in flags.items() if source.name.endswith(suffix)]

@@ -86,12 +86,10 @@ static inline int64_t partial_size(int64_t d) {
 
 void attention_forward_portable(const AttentionTask& task);
 void attention_backward_portable(const AttentionTask& task);
-#if defined(__x86_64__)
 void attention_forward_avx2(const AttentionTask& task);
 void attention_backward_avx2(const AttentionTask& task);
 void attention_forward_avx512(const AttentionTask& task);
 void attention_backward_avx512(const AttentionTask& task);
-#endif
 
 // Both throw std::invalid_argument for lengths, ranges or blocks that do not fit.
 void attention_forward(AttentionTask task, const AttentionIndex& index);

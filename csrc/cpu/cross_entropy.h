@@ -22,10 +22,8 @@ struct CrossEntropyTask {
 };
 
 void cross_entropy_portable(const CrossEntropyTask& task);
-#if defined(__x86_64__)
 void cross_entropy_avx2(const CrossEntropyTask& task);
 void cross_entropy_avx512(const CrossEntropyTask& task);
-#endif
 
 // Throws std::invalid_argument for another dtype and for a label outside [0, vocab).
 void cross_entropy(const CrossEntropyTask& task);

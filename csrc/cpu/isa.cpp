@@ -4,12 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__)
+#if LLAVA_FAST_LEVEL > 0
 #include <cpuid.h>
-#endif
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace llava_fast {
@@ -19,10 +19,11 @@ namespace {
 constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
 constexpr int kLevels = 4;
 
+#if LLAVA_FAST_LEVEL > 0
 // The registers of AMX are 8 KB more for the kernel to save, so a process asks for them, once for all its threads. It cannot give them
 // back: nobody asks who named another instruction set.
 bool amx_granted() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
     constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and the number of that state
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -33,16 +34,14 @@ bool amx_granted() {
 #endif
 }
 
-#if defined(__x86_64__)
 bool has_f16c() {  // older compilers' builtin does not know its name
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & 1u << 29) != 0;
 }
-#endif
 
 bool machine_has(Isa isa) {
     if (isa == Isa::portable) return true;
-#if defined(__x86_64__)
+    if (static_cast<int>(isa) > LLAVA_FAST_LEVEL) return false;
     // These builtins also ask the operating system whether it saves the wide registers.
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c()) return false;
     if (isa == Isa::avx2) return true;
@@ -53,10 +52,12 @@ bool machine_has(Isa isa) {
     if (isa == Isa::avx512) return true;
     static const bool amx = amx_granted();
     return amx;
-#else
-    return false;
-#endif
 }
+#else
+bool machine_has(Isa isa) {
+    return isa == Isa::portable;
+}
+#endif
 
 Isa parse(const std::string& name) {
     for (int level = 0; level < kLevels; ++level) {

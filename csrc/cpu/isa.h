@@ -26,9 +26,12 @@ F choose(F portable, F avx2, F avx512) {
 
 }  // namespace llava_fast
 
-// The function among name_portable, name_avx2 and name_avx512 for the instruction set in use.
-#if defined(__x86_64__)
+// The function among name_portable, name_avx2 and name_avx512 for the instruction set in use. LLAVA_FAST_LEVEL: the best one whose files
+// were compiled, as a number of Isa (setup.py).
+#if LLAVA_FAST_LEVEL >= 2
 #define LLAVA_FAST_CHOOSE(name) choose(name##_portable, name##_avx2, name##_avx512)
+#elif LLAVA_FAST_LEVEL == 1
+#define LLAVA_FAST_CHOOSE(name) choose(name##_portable, name##_avx2, name##_avx2)
 #else
 #define LLAVA_FAST_CHOOSE(name) name##_portable
 #endif

@@ -47,7 +47,7 @@ void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows
     task.bias = wide_bias.empty() ? static_cast<const float*>(bias) : wide_bias.data();
     if (task.M == 0 || task.O == 0) return;
     task.threads = useful_threads(task);
-#if defined(__x86_64__)
+#if LLAVA_FAST_LEVEL >= 3
     if (current_isa() == Isa::amx) return linear_amx(task);
 #endif
     LLAVA_FAST_CHOOSE(linear)(task);

@@ -34,11 +34,9 @@ struct LinearTask {
 };
 
 void linear_portable(const LinearTask& task);
-#if defined(__x86_64__)
 void linear_avx2(const LinearTask& task);
 void linear_avx512(const LinearTask& task);
 void linear_amx(const LinearTask& task);
-#endif
 
 // The whole op. bias_type: of task.bias, given as `bias`. out_rows: rows of out. Throws std::invalid_argument for an entry of rows
 // outside [0, out_rows), a group below 1 and a bias in e4m3.

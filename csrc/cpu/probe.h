@@ -10,9 +10,7 @@ double fma_rate(int threads);
 
 // Does rounds * 12 multiply-adds on vectors of the returned width and leaves their sum in *out, so that none is optimised away.
 int fma_rounds_portable(int64_t rounds, float* out);
-#if defined(__x86_64__)
 int fma_rounds_avx2(int64_t rounds, float* out);
 int fma_rounds_avx512(int64_t rounds, float* out);
-#endif
 
 }  // namespace llava_fast

@@ -98,10 +98,8 @@ struct SwigluTask {
     void swiglu_forward_##isa(const SwigluTask& task);          \
     void swiglu_backward_##isa(const SwigluTask& task);
 LLAVA_FAST_DECLARE(portable)
-#if defined(__x86_64__)
 LLAVA_FAST_DECLARE(avx2)
 LLAVA_FAST_DECLARE(avx512)
-#endif
 #undef LLAVA_FAST_DECLARE
 
 // The tasks above with everything but centred, scratch, stream and curve set. All throw std::invalid_argument for a dtype they do not know.

@@ -46,12 +46,10 @@ struct PoolTask {
 
 void spatial_pool_forward_portable(const PoolTask& task);
 void spatial_pool_backward_portable(const PoolTask& task);
-#if defined(__x86_64__)
 void spatial_pool_forward_avx2(const PoolTask& task);
 void spatial_pool_backward_avx2(const PoolTask& task);
 void spatial_pool_forward_avx512(const PoolTask& task);
 void spatial_pool_backward_avx512(const PoolTask& task);
-#endif
 
 // Pointers to contiguous arrays; throw std::invalid_argument for a source entry outside [0, M).
 void spatial_pool_forward(DType dtype, PoolMode mode, const PoolShape& shape, const void* table, const int64_t* source, void* out,
