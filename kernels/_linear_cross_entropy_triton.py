@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llava_fast.kernels._triton import config, jit, tl
+from llava_fast.kernels._triton import config, jit, on_device, tl
 
 
 @jit
@@ -84,7 +84,7 @@ def rows_triton(
     # With the sum of the logits beside maximum and total, R = 4 spills 16 bytes (triton 3.6).
     default = {"R": 2 if smoothing else 4, "N": 2048, "num_warps": 8}
     launch = config("cross_entropy", str(logits.dtype).removeprefix("torch."), default, logits.device)
-    with torch.cuda.device(logits.device if logits.is_cuda else -1):
+    with on_device(logits):
         if loss is not None:
             assert grad is None
             _losses_kernel[(rows,)](

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from llava_fast.kernels._triton import config, device_class, jit, tl, triton
+from llava_fast.kernels._triton import config, device_class, jit, on_device, tl, triton
 
 FEW_ROWS = 8
 _CHUNK = {"float32": 4, "bfloat16": 8, "float16": 8, "int8": 16, "fp8": 16, "int4": 32}  # in 16 bytes
@@ -279,10 +279,7 @@ def launch(
     pre: Tensor | None,
 ) -> None:
     """The launcher of kernels/linear.py: see LAUNCHERS there."""
-    if x.is_cuda:
-        with torch.cuda.device(x.device):
-            _launch(out, x, weight, scale, bias, residual, kind, group, act, rows, pre)
-    else:
+    with on_device(x):
         _launch(out, x, weight, scale, bias, residual, kind, group, act, rows, pre)
 
 

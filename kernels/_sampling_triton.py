@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llava_fast.kernels._triton import config, jit, tl
+from llava_fast.kernels._triton import config, jit, on_device, tl
 
 
 @jit
@@ -197,7 +197,7 @@ def sample_triton(
     penalties = [none if tensor is None else tensor for tensor in (repetition, presence, frequency, counts)]
     given = [tensor is not None for tensor in (repetition, presence, frequency, counts)]
     have = dict(zip(("REPETITION", "PRESENCE", "FREQUENCY", "PENALTIES"), given, strict=True))
-    with torch.cuda.device(logits_SV.device if logits_SV.is_cuda else -1):
+    with on_device(logits_SV):
         if top_k is None and top_p is None and min_p is None:
             launch = config("sample_split", "fp32", {"BLOCK": 2048, "num_warps": 4}, logits_SV.device)
             splits = -(-V // SPLIT)

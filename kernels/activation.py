@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.kernels import _native, registry
+from llava_fast.kernels._native import element
 from llava_fast.kernels._triton import DEVICES, config, jit, on_device, tl, triton
 from llava_fast.kernels.registry import Implementation
 
@@ -104,7 +105,7 @@ def _kind(kind: str) -> Any:
 def _forward_cpu(x: Tensor, kind: str) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
-    dtype = _native.element(x.dtype)
+    dtype = element(x.dtype)
     if kind == "swiglu":
         F = x.shape[-1] // 2
         out = x.new_empty(*x.shape[:-1], F)
@@ -116,7 +117,7 @@ def _forward_cpu(x: Tensor, kind: str) -> Tensor:
 
 def _backward_cpu(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     grad_x = torch.empty_like(x)
-    dtype, pointers = _native.element(x.dtype), (x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), torch.get_num_threads())
+    dtype, pointers = element(x.dtype), (x.data_ptr(), grad.data_ptr(), grad_x.data_ptr(), torch.get_num_threads())
     if kind == "swiglu":
         _native.cpu().swiglu_backward(dtype, grad.numel() // grad.shape[-1], grad.shape[-1], *pointers)
     else:
@@ -211,10 +212,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "activation",
     {
-        "cpu": Implementation(_forward_cpu, ("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
-        "reference": Implementation(activation_reference),
+        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(_forward_triton, DEVICES, _DTYPES, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False),
     },
 )
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from llava_fast.kernels import _linear_triton, _native, registry
 from llava_fast.kernels._linear_triton import candidates as candidates
 from llava_fast.kernels._linear_triton import shipped_calls as shipped_calls
+from llava_fast.kernels._native import address, element
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels.registry import Implementation
 
@@ -296,17 +297,17 @@ def _launch_cpu(
         x.data_ptr(),
         x.stride(0),
         weight.data_ptr(),
-        0 if scale is None else scale.data_ptr(),
+        address(scale),
         group,
-        0 if bias is None else bias.data_ptr(),
-        _cpu.DType.float32 if bias is None else getattr(_cpu.DType, str(bias.dtype)[6:]),
-        0 if residual is None else residual.data_ptr(),
+        address(bias),
+        element(torch.float32 if bias is None else bias.dtype),
+        address(residual),
         0 if residual is None else residual.stride(0),
         out.data_ptr(),
         out.stride(0),
         out.shape[0],
-        0 if rows is None else rows.data_ptr(),
-        0 if pre is None else pre.data_ptr(),
+        address(rows),
+        address(pre),
         torch.get_num_threads(),
     )
 
@@ -332,10 +333,10 @@ LAUNCHERS["triton"] = _linear_triton.launch
 registry.register(
     "linear",
     {
-        "cpu": Implementation(_launch_cpu, ("cpu",), _FLOATS, serves=lambda kind: kind in _CPU_KINDS, modules=("llava_fast._cpu",)),
-        "reference": Implementation(linear_reference),
+        "cpu": Implementation(("cpu",), _FLOATS, serves=lambda kind: kind in _CPU_KINDS, modules=("llava_fast._cpu",)),
+        "reference": Implementation(),
         # Compiled and interpreted, and never run on hardware: by name only until it is measured.
-        "triton": Implementation(_linear_triton.launch, DEVICES, _FLOATS, _linear_triton.serves, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _FLOATS, _linear_triton.serves, modules=("triton",), default=False),
     },
     shapes=("float32", "bfloat16", "int8", "int4", "fp8"),
 )

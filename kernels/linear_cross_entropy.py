@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llava_fast.kernels import _native, registry
 from llava_fast.kernels._linear_cross_entropy_triton import candidates, rows_triton, shipped_calls  # noqa: F401 (two of them for bench/)
+from llava_fast.kernels._native import address, element
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels.linear import linear
 from llava_fast.kernels.registry import Implementation
@@ -46,11 +47,10 @@ def _rows_cpu(
     z_loss: float,
     gradients: bool,
 ) -> None:
-    _cpu = _native.cpu()
-
-    dtype = getattr(_cpu.DType, str(logits.dtype).removeprefix("torch."))
-    pointers = logits.data_ptr(), labels.data_ptr(), *(0 if t is None else t.data_ptr() for t in (loss, lse, grad))
-    _cpu.cross_entropy(dtype, *logits.shape, *pointers, scale, smoothing, z_loss, gradients, torch.get_num_threads())
+    pointers = [address(tensor) for tensor in (logits, labels, loss, lse, grad)]
+    _native.cpu().cross_entropy(
+        element(logits.dtype), *logits.shape, *pointers, scale, smoothing, z_loss, gradients, torch.get_num_threads()
+    )
 
 
 def _rows_torch(
@@ -280,15 +280,6 @@ def _total_grad(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]
 _total.register_autograd(_total_grad, setup_context=_total_context)
 
 
-def _chunked(
-    implementation: str, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, smoothing: float, z_loss: float, scale: float | None
-) -> Tensor:
-    if scale is not None:
-        need_hidden, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden_LD, weight_VD))
-        return _total(hidden_LD, weight_VD, labels_L, smoothing, z_loss, scale, need_hidden, need_weight, implementation)[0]
-    return _losses(hidden_LD, weight_VD, labels_L, smoothing, z_loss, implementation)[0]
-
-
 def linear_cross_entropy_reference(
     hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, smoothing: float = 0.0, z_loss: float = 0.0, scale: float | None = None
 ) -> Tensor:
@@ -300,15 +291,26 @@ def linear_cross_entropy_reference(
     return loss_L if scale is None else loss_L.sum() * scale
 
 
+def _run_named(
+    implementation: str, hidden_LD: Tensor, weight_VD: Tensor, labels_L: Tensor, smoothing: float, z_loss: float, scale: float | None
+) -> Tensor:
+    if implementation == "reference":
+        return linear_cross_entropy_reference(hidden_LD, weight_VD, labels_L, smoothing, z_loss, scale)
+    if scale is not None:
+        need_hidden, need_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden_LD, weight_VD))
+        return _total(hidden_LD, weight_VD, labels_L, smoothing, z_loss, scale, need_hidden, need_weight, implementation)[0]
+    return _losses(hidden_LD, weight_VD, labels_L, smoothing, z_loss, implementation)[0]
+
+
 _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "linear_cross_entropy",
     {
-        "cpu": Implementation(partial(_chunked, "cpu"), ("cpu",), _NARROW, modules=("llava_fast._cpu",)),
-        "torch": Implementation(partial(_chunked, "torch")),
-        "reference": Implementation(linear_cross_entropy_reference),
+        "cpu": Implementation(("cpu",), _NARROW, modules=("llava_fast._cpu",)),
+        "torch": Implementation(),
+        "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(partial(_chunked, "triton"), DEVICES, _NARROW, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _NARROW, modules=("triton",), default=False),
     },
 )
 
@@ -342,7 +344,7 @@ def linear_cross_entropy(
         raise ValueError(f"reduction must be none, sum, mean or sequence, got {reduction!r}")
     if not 0 <= label_smoothing < 1 or z_loss < 0:
         raise ValueError(f"expected 0 <= label_smoothing < 1 and z_loss >= 0, got {label_smoothing} and {z_loss}")
-    run = registry.resolve("linear_cross_entropy", hidden_LD.device.type, hidden_LD.dtype)
+    run = partial(_run_named, registry.resolve_name("linear_cross_entropy", hidden_LD.device.type, hidden_LD.dtype))
     if reduction == "sequence":
         if label_seq is None or sequences is None or label_seq.shape != labels_L.shape or label_smoothing or z_loss:
             shape = None if label_seq is None else list(label_seq.shape)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.kernels import _native, registry
+from llava_fast.kernels._native import address, element
 from llava_fast.kernels._triton import DEVICES, config, jit, on_device, tl, triton
 from llava_fast.kernels.registry import Implementation
 
@@ -121,7 +122,6 @@ def _forward_cpu(
     out = torch.empty_like(x)
     total = None if residual is None else torch.empty_like(x)
     stats = x.new_empty(T if bias_D is None else 2 * T, dtype=torch.float32) if keep_stats else None
-    element, address = _native.element, _native.address
     pointers = (x.data_ptr(), address(residual), weight_D.data_ptr(), address(bias_D), out.data_ptr(), address(total), address(stats))
     _native.cpu().norm_forward(element(x.dtype), element(weight_D.dtype), T, D, eps, *pointers, torch.get_num_threads())
     return out, total, stats
@@ -135,7 +135,6 @@ def _backward_cpu(
     grad_x = torch.empty_like(x)
     grad_weight = weight_D.new_empty(D, dtype=torch.float32)
     grad_bias = torch.empty_like(grad_weight) if centred else None
-    element, address = _native.element, _native.address
     pointers = (grad.data_ptr(), address(grad_sum), x.data_ptr(), weight_D.data_ptr(), stats.data_ptr())
     results = (grad_x.data_ptr(), grad_weight.data_ptr(), address(grad_bias))
     dtypes = (element(x.dtype), element(weight_D.dtype))
@@ -270,10 +269,10 @@ _norm.register_autograd(_backward, setup_context=_setup_context)
 registry.register(
     "norm",
     {
-        "cpu": Implementation(_forward_cpu, ("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
-        "reference": Implementation(norm_reference),
+        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(_forward_triton, DEVICES, _DTYPES, lambda D: D <= WIDEST, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, lambda D: D <= WIDEST, modules=("triton",), default=False),
     },
     shapes=(1024, 1152, 4096),
 )

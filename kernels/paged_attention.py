@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.kernels import _native, _paged_attention_triton, registry
+from llava_fast.kernels._native import address, element
 from llava_fast.kernels._paged_attention_triton import candidates as candidates
 from llava_fast.kernels._paged_attention_triton import shipped_calls as shipped_calls
 from llava_fast.kernels._triton import DEVICES
@@ -112,17 +113,16 @@ def _forward_cpu(
     v_scale: Tensor | None,
 ) -> Tensor:
     _cpu = _native.cpu()
-
     (T, H, d), (B, page, G, _) = q.shape, k_cache.shape
     out = q.new_empty(T, H, d)
-    types = [getattr(_cpu.DType, str(x.dtype).removeprefix("torch.")) for x in (q, k_cache)]
-    rows = [_cpu.Rows(x.data_ptr(), types[0], x.stride(0), x.stride(1)) for x in (q, out)]
-    caches = [_cpu.Rows(x.data_ptr(), types[1], x.stride(1), x.stride(2)) for x in (k_cache, v_cache)]
+    rows = [_cpu.Rows(x.data_ptr(), element(x.dtype), x.stride(0), x.stride(1)) for x in (q, out)]
+    caches = [_cpu.Rows(x.data_ptr(), element(x.dtype), x.stride(1), x.stride(2)) for x in (k_cache, v_cache)]
     S, threads = seqlens_k.shape[0], torch.get_num_threads()
     task = _cpu.AttentionTask(T, B * page, S, H, G, d, True, scale, rows[0], *caches, rows[1], 0, 0, threads)
     pages = (block_table.shape[1], page, B, k_cache.stride(0), v_cache.stride(0))
-    scales = [0 if x is None else x.data_ptr() for x in (k_scale, v_scale)]
-    _cpu.paged_attention(task, cu_seqlens_q.data_ptr(), seqlens_k.data_ptr(), block_table.data_ptr(), *pages, *scales)
+    _cpu.paged_attention(
+        task, cu_seqlens_q.data_ptr(), seqlens_k.data_ptr(), block_table.data_ptr(), *pages, address(k_scale), address(v_scale)
+    )
     return out
 
 
@@ -157,13 +157,10 @@ def _(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, scale, k_scale,
 registry.register(
     "paged_attention",
     {
-        "cpu": Implementation(
-            _forward_cpu, ("cpu",), (torch.float32, torch.bfloat16, torch.float16), lambda case: case[0] <= 256, ("llava_fast._cpu",)
-        ),
-        "reference": Implementation(_forward_reference),
+        "cpu": Implementation(("cpu",), (torch.float32, torch.bfloat16, torch.float16), lambda case: case[0] <= 256, ("llava_fast._cpu",)),
+        "reference": Implementation(),
         # Compiled, and never run on hardware: by name only until it is measured.
         "triton": Implementation(
-            _paged_attention_triton.forward,
             DEVICES,
             (torch.float32, torch.bfloat16, torch.float16),
             modules=("triton",),

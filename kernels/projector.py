@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.kernels import _linear_triton, linear, registry, spatial_pool
-from llava_fast.kernels._triton import DEVICES, config, jit, tl, triton
+from llava_fast.kernels._triton import DEVICES, config, jit, on_device, tl, triton
 from llava_fast.kernels.registry import Implementation
 
 Resamples = Sequence[tuple[str, Tensor, tuple[int, int]]]
@@ -90,19 +90,6 @@ def _segment_sum_kernel(out_ptr, values_ptr, index_ptr, order_ptr, N, rows, D, v
         tl.store(out_ptr + index * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-def _on_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Launches go to the device of the first argument."""
-
-    def wrapped(first: Tensor, *arguments: Any, **named: Any) -> Any:
-        if not first.is_cuda:
-            return run(first, *arguments, **named)
-        with torch.cuda.device(first.device):
-            return run(first, *arguments, **named)
-
-    return wrapped
-
-
-@_on_device
 def _product_triton(
     out: Tensor,
     x: Tensor,
@@ -113,10 +100,10 @@ def _product_triton(
     rows: Tensor | None = None,
     pre: Tensor | None = None,
 ) -> None:
-    _linear_triton.gemm(out, x, weight, bias, act, gather=gather, rows=rows, pre=pre)
+    with on_device(out):
+        _linear_triton.gemm(out, x, weight, bias, act, gather=gather, rows=rows, pre=pre)
 
 
-@_on_device
 def _fill_triton(
     out: Tensor,
     text_rows: Tensor,
@@ -133,21 +120,23 @@ def _fill_triton(
     if texts + visual == 0:
         return
     options = config("_fill_kernel", f"{D}", {"BLOCK": min(1024, triton.next_power_of_2(D)), "num_warps": 4}, out.device)
-    _fill_kernel[(texts + visual, triton.cdiv(D, options["BLOCK"]))](
-        out, text_rows, token_ids, embedding, rows, source, table, newline, texts, table.shape[0], D, out.stride(0), COPY=copy, **options
-    )
+    pointers = out, text_rows, token_ids, embedding, rows, source, table, newline
+    with on_device(out):
+        _fill_kernel[(texts + visual, triton.cdiv(D, options["BLOCK"]))](
+            *pointers, texts, table.shape[0], D, out.stride(0), COPY=copy, **options
+        )
 
 
-@_on_device
 def _segment_sum_triton(values_ND: Tensor, index_N: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     N, D = values_ND.shape
     out = values_ND.new_zeros(rows, D, dtype=dtype)
     if N:
         ordered, order = torch.sort(index_N, stable=True)
         options = config("_segment_sum_kernel", f"{D}", {"BLOCK": min(1024, triton.next_power_of_2(D)), "num_warps": 4}, out.device)
-        _segment_sum_kernel[(N, triton.cdiv(D, options["BLOCK"]))](
-            out, values_ND, ordered, order, N, rows, D, values_ND.stride(0), **options
-        )
+        with on_device(out):
+            _segment_sum_kernel[(N, triton.cdiv(D, options["BLOCK"]))](
+                out, values_ND, ordered, order, N, rows, D, values_ND.stride(0), **options
+            )
     return out
 
 
@@ -527,10 +516,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "projector",
     {
-        "cpu": Implementation(_forward, ("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
-        "reference": Implementation(project_reference),
+        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "reference": Implementation(),
         # Compiled and interpreted, and never run on hardware: by name only until it is measured.
-        "triton": Implementation(_forward, DEVICES, _DTYPES, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False),
     },
 )
 

@@ -27,12 +27,12 @@ log = logging.getLogger("llava_fast.kernels")
 
 @dataclass(frozen=True)
 class Implementation:
-    """run: the function.  devices: device types it serves, dtypes: dtypes (None: all).  serves: shape classes (None: all).
+    """What an implementation serves; the op's file knows its functions by its name.
 
-    modules: what it imports, tried before it is chosen.  default: False for one that runs only when asked for by name.
+    devices: device types, dtypes: dtypes (None: all).  serves: shape classes (None: all).  modules: what it imports, tried before it is
+    chosen.  default: False for one that runs only when asked for by name.
     """
 
-    run: Callable[..., Any]
     devices: tuple[str, ...] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
     serves: Callable[[Any], bool] | None = None
@@ -85,18 +85,13 @@ def register(op: str, implementations: Mapping[str, Implementation], shapes: Seq
     _ops[op], _shapes[op] = implementations, shapes
 
 
-def resolve(op: str, device: str, dtype: torch.dtype, shape: Hashable = None) -> Callable[..., Any]:
-    """The function that runs `op` for tensors of this device type, dtype and shape class (whatever the op's file makes of it).
-
-    Raises ValueError where LLAVA_FAST_KERNELS or use() asks for what does not exist or cannot serve the call.
-    """
-    return _ops[op][resolve_name(op, device, dtype, shape)].run
-
-
 # Under torch.compile the name is a constant of the graph, which dynamo need not look into. (It cannot take a function so.)
 @torch.compiler.assume_constant_result
 def resolve_name(op: str, device: str, dtype: torch.dtype, shape: Hashable = None) -> str:
-    """The name of the implementation that `resolve` returns."""
+    """The implementation that runs `op` for tensors of this device type, dtype and shape class (whatever the op's file makes of it).
+
+    Raises ValueError where LLAVA_FAST_KERNELS or use() asks for what does not exist or cannot serve the call.
+    """
     key = (op, device, dtype, shape)
     if key not in _resolved:
         name, reason = _choose(op, device, dtype, shape)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.kernels import _native, registry
+from llava_fast.kernels._native import address, element
 from llava_fast.kernels._triton import DEVICES, config, jit, on_device, tl, triton
 from llava_fast.kernels.registry import Implementation
 
@@ -109,9 +110,9 @@ def _forward_cpu(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, inverse:
     q_out = q.new_empty(q.shape)
     k_out = None if k is None else k.new_empty(k.shape)
     k_rows = (0, 0, 0, 0) if k is None else _rows(k)
-    dtypes = (_native.element(q.dtype), _native.element(cos.dtype))
+    dtypes = (element(q.dtype), element(cos.dtype))
     tables = (cos.data_ptr(), sin.data_ptr(), inverse)
-    outs = (q_out.data_ptr(), _native.address(k_out))
+    outs = (q_out.data_ptr(), address(k_out))
     _native.cpu().rope(*dtypes, T, d, *tables, *_rows(q), outs[0], *k_rows, outs[1], torch.get_num_threads())
     return q_out, k_out
 
@@ -122,7 +123,6 @@ def _into_cache_cpu(
 ) -> Tensor:  # fmt: skip
     T, _, d = q.shape
     q_out = q.new_empty(q.shape)
-    element, address = _native.element, _native.address
     cache = (element(k_cache.dtype), k_cache.shape[0], k_cache.data_ptr(), v_cache.data_ptr(), slots.data_ptr())
     _native.cpu().rope_into_cache(
         element(q.dtype), element(cos.dtype), T, d, cos.data_ptr(), sin.data_ptr(), *_rows(q), q_out.data_ptr(), *_rows(k),
@@ -237,10 +237,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "rope",
     {
-        "cpu": Implementation(_forward_cpu, ("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
-        "reference": Implementation(rope_reference),
+        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(_forward_triton, DEVICES, _DTYPES, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False),
     },
 )
 

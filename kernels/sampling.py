@@ -147,9 +147,9 @@ _DTYPES = {"seeds": _WORDS, "steps": _WORDS, "top_k": (torch.int32, torch.int64)
 registry.register(
     "sampling",
     {
-        "reference": Implementation(sample_reference),
+        "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(sample_triton, DEVICES, (torch.float32,), modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, (torch.float32,), modules=("triton",), default=False),
     },
 )
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.kernels import _native, registry
-from llava_fast.kernels._triton import DEVICES, config, jit, tl
+from llava_fast.kernels._native import address
+from llava_fast.kernels._triton import DEVICES, config, jit, on_device, tl
 from llava_fast.kernels.registry import Implementation
 
 PoolMode = Literal["average", "max", "bilinear"]
@@ -129,7 +130,7 @@ def _launch(
     launch = config(name, mode, {"BLOCK": 512, "num_warps": 2}, source_KHW.device)
     window = _window(source_KHW, size, "max" if mode == "argmax" else mode)
     if rows:
-        with torch.cuda.device(source_KHW.device if source_KHW.is_cuda else -1):
+        with on_device(source_KHW):
             grid = (rows, -(-columns // launch["BLOCK"]))
             kernel[grid](*pointers, columns, *source_KHW.shape[1:], *size, MODE=mode, **window, **launch)
 
@@ -181,17 +182,15 @@ def _call(module: Any, values: Tensor, rows: int, source_KHW: Tensor, size: list
 
 def _forward_cpu(table_MD: Tensor, source_KHW: Tensor, out: Tensor, size: list[int], mode: str) -> None:
     _cpu = _native.cpu()
-
     call = _call(_cpu, table_MD, table_MD.shape[0], source_KHW, size, mode)
     _cpu.spatial_pool_forward(*call, table_MD.data_ptr(), source_KHW.data_ptr(), out.data_ptr(), torch.get_num_threads())
 
 
 def _backward_cpu(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, rows: int, size: list[int], mode: str) -> Tensor:
     _cpu = _native.cpu()
-
-    grad_table, table = grad.new_empty(rows, grad.shape[1]), 0 if table_MD is None else table_MD.data_ptr()
-    call = _call(_cpu, grad, rows, source_KHW, size, mode)
-    _cpu.spatial_pool_backward(*call, grad.data_ptr(), table, source_KHW.data_ptr(), grad_table.data_ptr(), torch.get_num_threads())
+    grad_table, call = grad.new_empty(rows, grad.shape[1]), _call(_cpu, grad, rows, source_KHW, size, mode)
+    pointers = grad.data_ptr(), address(table_MD), source_KHW.data_ptr(), grad_table.data_ptr()
+    _cpu.spatial_pool_backward(*call, *pointers, torch.get_num_threads())
     return grad_table
 
 
@@ -209,10 +208,10 @@ def _backward_cuda(grad: Tensor, table_MD: Tensor | None, source_KHW: Tensor, ro
 
     # Several readers add to one row with atomics: in fp32, and in no fixed order.
     total = grad.new_zeros(rows, grad.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
-    call, table = _call(_cuda, grad, rows, source_KHW, size, mode), 0 if table_MD is None else table_MD.data_ptr()
+    call = _call(_cuda, grad, rows, source_KHW, size, mode)
     with torch.cuda.device(grad.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _cuda.spatial_pool_backward(*call, grad.data_ptr(), table, source_KHW.data_ptr(), total.data_ptr(), stream)
+        _cuda.spatial_pool_backward(*call, grad.data_ptr(), address(table_MD), source_KHW.data_ptr(), total.data_ptr(), stream)
     return total.to(grad.dtype)
 
 
@@ -274,21 +273,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _spatial_pool.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _run(implementation: str, table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mode: PoolMode) -> Tensor:
-    return _spatial_pool(table_MD, source_KHW, list(size), mode, implementation)
-
-
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 registry.register(
     "spatial_pool",
     {
-        "cpu": Implementation(partial(_run, "cpu"), ("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
-        "reference": Implementation(spatial_pool_reference),
+        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "reference": Implementation(),
         # Compiled, and never run on hardware: by name only until they are measured.
-        "triton": Implementation(
-            partial(_run, "triton"), DEVICES, (torch.float32, torch.bfloat16, torch.float16), modules=("triton",), default=False
-        ),
-        "cuda": Implementation(partial(_run, "cuda"), ("cuda",), _DTYPES, modules=("llava_fast._cuda",), default=False),
+        "triton": Implementation(DEVICES, (torch.float32, torch.bfloat16, torch.float16), modules=("triton",), default=False),
+        "cuda": Implementation(("cuda",), _DTYPES, modules=("llava_fast._cuda",), default=False),
     },
 )
 
@@ -318,5 +311,7 @@ def spatial_pool(table_MD: Tensor, source_KHW: Tensor, size: tuple[int, int], mo
     if table_MD.dim() != 2:
         raise ValueError(f"expected a table [M, D], got {list(table_MD.shape)}")
     check_maps(source_KHW, size, mode, table_MD.device)
-    run = registry.resolve("spatial_pool", table_MD.device.type, table_MD.dtype)
-    return run(table_MD, source_KHW, size, mode)
+    name = registry.resolve_name("spatial_pool", table_MD.device.type, table_MD.dtype)
+    if name == "reference":
+        return spatial_pool_reference(table_MD, source_KHW, size, mode)
+    return _spatial_pool(table_MD, source_KHW, list(size), mode, name)

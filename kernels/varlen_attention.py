@@ -37,6 +37,7 @@ from torch import Tensor
 from llava_fast.kernels import _native, registry
 from llava_fast.kernels import _varlen_attention_backward as _triton
 from llava_fast.kernels import _varlen_attention_others as _others
+from llava_fast.kernels._native import address, element
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels._varlen_attention_backward import candidates as candidates
 from llava_fast.kernels._varlen_attention_backward import shipped_calls as shipped_calls
@@ -214,11 +215,7 @@ def _backward_reference(
 
 
 def _rows(module: Any, x: Tensor) -> Any:
-    return module.Rows(x.data_ptr(), getattr(module.DType, str(x.dtype).removeprefix("torch.")), x.stride(0), x.stride(1))
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return module.Rows(x.data_ptr(), element(x.dtype), x.stride(0), x.stride(1))
 
 
 def _forward_cpu(
@@ -234,13 +231,12 @@ def _forward_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     _cpu = _native.cpu()
-
     (T, H, d), (K, G, _) = q.shape, k.shape
     out, lse = q.new_empty(T, H, d), q.new_empty(T, H, dtype=torch.float32)
     rows = [_rows(_cpu, x) for x in (q, k, v, out)]
     S, threads = cu_seqlens_q.shape[0] - 1, torch.get_num_threads()
-    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), _address(q_index), threads)
-    _cpu.attention_forward(task, cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), _address(seqused_k), _address(prefix))
+    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), address(q_index), threads)
+    _cpu.attention_forward(task, cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), address(seqused_k), address(prefix))
     return out, lse
 
 
@@ -260,13 +256,12 @@ def _backward_cpu(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _cpu = _native.cpu()
-
     (T, H, d), (K, G, _) = q.shape, k.shape
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows = [_rows(_cpu, x) for x in (q, k, v, out)]
     S, threads = cu_seqlens_q.shape[0] - 1, torch.get_num_threads()
-    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), _address(q_index), threads)
-    indices = (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), _address(seqused_k), _address(prefix))
+    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), address(q_index), threads)
+    indices = (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), address(seqused_k), address(prefix))
     _cpu.attention_backward(task, *[_rows(_cpu, x) for x in (grad_out, *grads)], *indices)
     return grads
 
@@ -351,12 +346,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "varlen_attention",
     {
-        "cpu": Implementation(_forward_cpu, ("cpu",), _DTYPES, lambda case: case[0] <= 256, ("llava_fast._cpu",)),
-        "reference": Implementation(varlen_attention_reference),
+        "cpu": Implementation(("cpu",), _DTYPES, lambda case: case[0] <= 256, ("llava_fast._cpu",)),
+        "reference": Implementation(),
         # Compiled, and never run on hardware: by name only until it is measured.
-        "triton": Implementation(_triton.forward, DEVICES, _DTYPES, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False),
         **{
-            name: Implementation(_LAUNCHERS[name][0], ("cuda",), _others.HALVES, _others.SERVES[name], (module,), default=False)
+            name: Implementation(("cuda",), _others.HALVES, _others.SERVES[name], (module,), default=False)
             for name, module in _others.MODULES.items()
         },
     },

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from llava_fast.kernels import registry, spatial_pool
+from llava_fast.kernels import registry
 from llava_fast.kernels.registry import Implementation
 
 
@@ -20,11 +20,11 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     registry.register(
         "toy",
         {
-            "flash_attn": Implementation(lambda: "flash_attn", modules=("a_module_that_does_not_exist",)),
-            "triton": Implementation(lambda: "triton", devices=("cuda",), serves=lambda head_dim: head_dim != 72),
-            "cuda": Implementation(lambda: "cuda", devices=("cuda",), default=False),
-            "cpu": Implementation(lambda: "cpu", ("cpu",), (torch.float32,)),
-            "reference": Implementation(lambda: "reference"),
+            "flash_attn": Implementation(modules=("a_module_that_does_not_exist",)),
+            "triton": Implementation(devices=("cuda",), serves=lambda head_dim: head_dim != 72),
+            "cuda": Implementation(devices=("cuda",), default=False),
+            "cpu": Implementation(("cpu",), (torch.float32,)),
+            "reference": Implementation(),
         },
     )
     with registry.use():
@@ -41,22 +41,22 @@ def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_first_default_that_serves(call: tuple, expected: str) -> None:
-    assert registry.resolve("toy", *call)() == expected == registry.resolve_name("toy", *call)
+    assert registry.resolve_name("toy", *call) == expected
 
 
 def test_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert registry.resolve("toy", "cuda", torch.float32)() == "triton"
+    assert registry.resolve_name("toy", "cuda", torch.float32) == "triton"
     with registry.use(toy="cuda"):
-        assert registry.resolve("toy", "cuda", torch.float32)() == "cuda"
+        assert registry.resolve_name("toy", "cuda", torch.float32) == "cuda"
         with registry.use(toy="reference", spatial_pool="reference"):
-            assert registry.resolve("toy", "cuda", torch.float32)() == "reference"
-        assert registry.resolve("toy", "cuda", torch.float32)() == "cuda"
+            assert registry.resolve_name("toy", "cuda", torch.float32) == "reference"
+        assert registry.resolve_name("toy", "cuda", torch.float32) == "cuda"
     monkeypatch.setenv(registry.ENVIRONMENT, "toy = reference, spatial_pool=reference")
     with registry.use():
-        assert registry.resolve("toy", "cpu", torch.float32)() == "reference"
-        assert registry.resolve("spatial_pool", "cpu", torch.float32) is spatial_pool.spatial_pool_reference
+        assert registry.resolve_name("toy", "cpu", torch.float32) == "reference"
+        assert registry.resolve_name("spatial_pool", "cpu", torch.float32) == "reference"
         with registry.use(toy="cpu"):
-            assert registry.resolve("toy", "cpu", torch.float32)() == "cpu"
+            assert registry.resolve_name("toy", "cpu", torch.float32) == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_requests_that_cannot_be_met(setting: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(registry.ENVIRONMENT, setting)
     with pytest.raises(ValueError, match=message):
-        registry.resolve("toy", "cpu", torch.float64)
+        registry.resolve_name("toy", "cpu", torch.float64)
 
 
 def test_use_checks_at_once_and_restores_after_errors() -> None:
@@ -96,8 +96,8 @@ def test_every_file_is_an_op_name(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_resolved_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="llava_fast.kernels"):
         for _ in range(3):
-            registry.resolve("toy", "cpu", torch.float32)
-            registry.resolve("toy", "cuda", torch.float32, 64)
+            registry.resolve_name("toy", "cpu", torch.float32)
+            registry.resolve_name("toy", "cuda", torch.float32, 64)
     cpu, cuda = caplog.messages
     assert cpu.startswith("toy (cpu, float32): cpu, default") and "flash_attn: a_module_that_does_not_exist" in cpu
     assert cuda.startswith("toy (cuda, float32, 64): triton, default")
@@ -106,9 +106,9 @@ def test_resolved_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 def test_only_import_errors_are_caught(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     (tmp_path / "broken_module.py").write_text("raise RuntimeError('broken')")
     monkeypatch.syspath_prepend(tmp_path)
-    registry.register("toy", {"cpu": Implementation(print, modules=("broken_module",)), "reference": Implementation(print)})
+    registry.register("toy", {"cpu": Implementation(modules=("broken_module",)), "reference": Implementation()})
     with pytest.raises(RuntimeError, match="broken"):
-        registry.resolve("toy", "cpu", torch.float32)
+        registry.resolve_name("toy", "cpu", torch.float32)
 
 
 def test_explain_says_what_runs_and_why_the_others_do_not() -> None:
