@@ -4,7 +4,7 @@
 
 which is the order of the strided convolution's weight [E, 3, p, p] reshaped to [E, K]; the S % p rows and columns left over are not
 read. K is padded (588 -> 592 for p = 14) so that rows are whole 16-byte units. uint8 views are normalised on the way, by a table of 256
-values a channel that has the bits of inputs/images.py `normalise`; float views are taken as normalised, and differentiable.
+values a channel ; float views are taken as normalised, and differentiable.
 
 Shape letters: N views, S side, p patch, K = 3 p^2.
 """
@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fast.inputs.images import HALF, normalise
 from llava_fast.kernels import registry
-from llava_fast.kernels._triton import DEVICES, config, jit, tl
+from llava_fast.kernels._triton import DEVICES, config, jit, on_device, tl
 from llava_fast.kernels.registry import Implementation
+
+HALF = (0.5, 0.5, 0.5)
 
 
 @jit
@@ -50,7 +52,7 @@ def _launch(out: Tensor, views: Tensor, levels: Tensor, patch: int, backward: bo
     N, _, S, _ = views.shape
     launch = config("patchify", "uint8" if views.dtype == torch.uint8 else "float", {"BLOCK": 1024, "num_warps": 4}, views.device)
     if out.numel():
-        with torch.cuda.device(views.device if views.is_cuda else -1):
+        with on_device(views):
             _patchify_kernel[(N * (S // patch) ** 2,)](
                 out, views, levels, S, S // patch, 3 * patch**2, out.shape[2],
                 BYTES=views.dtype == torch.uint8, PATCH=patch, BACKWARD=backward, **launch,
@@ -60,7 +62,7 @@ def _launch(out: Tensor, views: Tensor, levels: Tensor, patch: int, backward: bo
 def _forward_triton(
     views: Tensor, patch: int, mean: Sequence[float], std: Sequence[float], rescale: float, dtype: torch.dtype, padded: int
 ) -> Tensor:
-    levels = _levels(tuple(mean), tuple(std), rescale, views.device) if views.dtype == torch.uint8 else views  # not read for floats
+    levels = _levels(tuple(mean), tuple(std), rescale, views.device)[0] if views.dtype == torch.uint8 else views  # not read for floats
     out = torch.empty(views.shape[0], (views.shape[2] // patch) ** 2, padded, dtype=dtype, device=views.device)
     _launch(out, views.contiguous(), levels, patch, False)
     return out
@@ -86,10 +88,28 @@ def shipped_calls(device: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 @lru_cache(maxsize=16)
-def _levels(mean: tuple[float, ...], std: tuple[float, ...], rescale: float, device: torch.device) -> Tensor:
-    """fp32 [3, 256]: what `normalise` makes of each byte."""
-    every_byte = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-    return normalise(every_byte, mean, std, rescale).reshape(3, 256).to(device)
+def _levels(mean: tuple[float, ...], std: tuple[float, ...], rescale: float, device: torch.device) -> tuple[Tensor, bool]:
+    """fp32 [3, 256], the pixel value of each byte in each channel, in transformers' own arithmetic: the byte times `rescale` in fp64,
+    rounded to fp32, minus mean, over std in fp32; and whether all of it equals x / 127.5 - 1."""
+    rescaled = (np.arange(256).astype(np.float64) * rescale).astype(np.float32)
+    levels = (rescaled[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+    plain = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    return torch.from_numpy(levels).to(device), bool((levels == plain).all())
+
+
+def normalise(views: Tensor, mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF, rescale: float = 1 / 255) -> Tensor:
+    """uint8 [N, 3, S, S] to fp32 of the same shape, on the views' device: the pixel_values of transformers' PIL processors, bit for bit.
+
+    A table of 256 values a channel; for SigLIP it is x / 127.5 - 1, which is computed instead. ValueError for another dtype.
+    """
+    if views.dtype != torch.uint8 or views.ndim != 4 or views.shape[1] != 3:
+        raise ValueError(f"views must be uint8 [N, 3, S, S], got {views.dtype} {list(views.shape)}")
+    levels, plain = _levels(tuple(mean), tuple(std), rescale, views.device)
+    if plain:
+        return views.to(torch.float32).div_(127.5).sub_(1.0)
+    # index_select takes int32 indices: half the bytes of indexing with int64.
+    channels = [levels[c].index_select(0, views[:, c].reshape(-1).to(torch.int32)).view(views[:, c].shape) for c in range(3)]
+    return torch.stack(channels, dim=1)
 
 
 def patchify_reference(views: Tensor, patch: int, dtype: torch.dtype, padded: int) -> Tensor:
@@ -136,9 +156,9 @@ _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "patchify",
     {
-        "reference": Implementation(patchify_reference),
+        "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(_patchify, DEVICES, _DTYPES, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False),
     },
 )
 

@@ -29,8 +29,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 from llava_fast.inputs import fetch as fetching
 from llava_fast.inputs import images
-from llava_fast.inputs.images import CLIP_MEAN, CLIP_STD, HALF, ImageProcessor, image_size, normalise, open_image, source_name
+from llava_fast.inputs.images import CLIP_MEAN, CLIP_STD, HALF, ImageProcessor, image_size, open_image, source_name
 from llava_fast.inputs.layouts import anyres_grid, default_pinpoints
+from llava_fast.kernels import patchify
+from llava_fast.kernels.patchify import normalise
 from llava_fast.requests import InputOptions
 
 SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
@@ -148,7 +150,8 @@ def test_every_byte_value_is_normalised_as_transformers_does(statistics, rescale
 
 
 def test_siglip_takes_the_short_form_and_clip_the_table():
-    assert images._levels(HALF, HALF, 1 / 255)[1] and not images._levels(CLIP_MEAN, CLIP_STD, 1 / 255)[1]
+    cpu = torch.device("cpu")
+    assert patchify._levels(HALF, HALF, 1 / 255, cpu)[1] and not patchify._levels(CLIP_MEAN, CLIP_STD, 1 / 255, cpu)[1]
 
 
 def test_normalise_refuses_what_are_not_views():

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_fast.inputs.images import CLIP_MEAN, CLIP_STD, HALF, normalise
-from llava_fast.kernels.patchify import patchify
+from llava_fast.inputs.images import CLIP_MEAN, CLIP_STD, HALF
+from llava_fast.kernels.patchify import normalise, patchify
 
 
 @pytest.mark.parametrize(("S", "patch"), [(28, 14), (33, 14), (16, 4), (5, 5), (7, 1)])

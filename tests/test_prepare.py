@@ -15,9 +15,10 @@ from PIL import Image
 from transformers import LlavaProcessor
 
 from llava_fast.batch import NEWLINE
-from llava_fast.inputs.images import CLIP_MEAN, CLIP_STD, HALF, normalise, open_image
+from llava_fast.inputs.images import CLIP_MEAN, CLIP_STD, HALF, open_image
 from llava_fast.inputs.prepare import InputSpec, Prepared, prepare, read_chat_template
 from llava_fast.inputs.templates import VICUNA_SYSTEM
+from llava_fast.kernels.patchify import normalise
 from llava_fast.requests import InputOptions, Request
 
 CHINA = Path(sklearn.datasets.__file__).parent / "images" / "china.jpg"

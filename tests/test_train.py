@@ -21,7 +21,7 @@ from transformers import LlavaForConditionalGeneration, get_scheduler
 
 import llava_fast as lf
 from llava_fast import checkpoint
-from llava_fast.inputs.images import normalise
+from llava_fast.kernels.patchify import normalise
 from llava_fast.training.batches import Position, make_steps, plan_epoch
 from llava_fast.training.config import as_config
 from llava_fast.training.dataset import index_records

@@ -1,4 +1,4 @@
-"""Pictures from anywhere to uint8 views, and views to the pixel values of transformers' PIL processors, bit for bit.
+"""Pictures from anywhere to uint8 views.
 
 Shape letters: N views, S pixels along one side of a view.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import functools
 import io
 import json
 import math
@@ -214,7 +213,7 @@ class ImageProcessor:
 
     size S.  mode: 'squash' resizes to SxS; 'crop' resizes the short side to S and cuts the middle SxS.  resample: a
     PIL.Image.Resampling value (3 is bicubic).  do_pad: pad to a square first, for processors that say so.
-    normalise() with image_mean, image_std and rescale gives their pixel_values.
+    `normalise` of kernels/patchify.py with image_mean, image_std and rescale gives their pixel_values.
     """
 
     size: int
@@ -322,29 +321,3 @@ class ImageProcessor:
 def _to_tensor(image: Image.Image) -> Tensor:
     """RGB picture to uint8 [3, H, W], contiguous."""
     return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
-
-
-@functools.lru_cache(maxsize=8)
-def _levels(mean: tuple[float, ...], std: tuple[float, ...], rescale: float) -> tuple[Tensor, bool]:
-    """float32 [3, 256], the pixel value of each byte in each channel, in transformers' own arithmetic: the byte times `rescale`
-    in float64, rounded to float32, minus mean, over std in float32; and whether all of it equals x / 127.5 - 1."""
-    rescaled = (np.arange(256).astype(np.float64) * rescale).astype(np.float32)
-    levels = (rescaled[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
-    plain = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
-    return torch.from_numpy(levels), bool((levels == plain).all())
-
-
-def normalise(views: Tensor, mean: tuple[float, ...] = HALF, std: tuple[float, ...] = HALF, rescale: float = 1 / 255) -> Tensor:
-    """uint8 [N, 3, S, S] to float32 of the same shape, on the views' device: transformers' pixel_values, bit for bit.
-
-    A table of 256 values a channel; for SigLIP it is x / 127.5 - 1, which is computed instead. ValueError for another dtype.
-    """
-    if views.dtype != torch.uint8 or views.ndim != 4 or views.shape[1] != 3:
-        raise ValueError(f"views must be uint8 [N, 3, S, S], got {views.dtype} {list(views.shape)}")
-    levels, plain = _levels(tuple(mean), tuple(std), rescale)
-    if plain:
-        return views.to(torch.float32).div_(127.5).sub_(1.0)
-    levels = levels.to(views.device)
-    # index_select takes int32 indices: half the bytes of indexing with int64.
-    channels = [levels[c].index_select(0, views[:, c].reshape(-1).to(torch.int32)).view(views[:, c].shape) for c in range(3)]
-    return torch.stack(channels, dim=1)
