@@ -358,7 +358,8 @@ def linear(
     x and bias are fp32, bf16, fp16 or fp64, each its own. Differentiable in x, weight (not Quantised), bias and residual.
 
     out: a tensor [..., O] to write to. With rows, int64 [number of x's rows], `out` is [R, O] and row m of the result goes to row
-    rows[m] of it (other rows stay; of two rows that go to one, either). Both are for inference: they raise where a gradient is wanted.
+    rows[m] of it; other rows stay. Rows must differ, which only the C++ kernel checks: of two that go to one row, others leave either
+    or parts of both. Both are for inference: they raise where a gradient is wanted.
     Rows of `out` must not overlap, and without a copy it must be a matrix with contiguous columns. From its first to its last element
     it shares no memory with x, nor with the residual; without rows it may be the residual itself.
     Raises ValueError for shapes, dtypes, devices or an activation that do not fit and, on the CPU, for a row outside `out`.

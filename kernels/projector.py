@@ -543,7 +543,9 @@ def project(
     """The packed embedding buffer [T, D] in the features' dtype.
 
     features [M, E]; w1 [D, E], w2 [D, D] or None, b1 and b2 [D] or None; embedding [vocabulary, D]; newline [D]; any float dtypes.
-    act: a name of `linear`, or None. token_ids int64 [T]; rows int64 [V] and text_rows int64 [T - V]: together each row of T once.
+    act: a name of `linear`, or None. token_ids int64 [T]; rows int64 [V] and text_rows int64 [T - V]: together each row of T once
+    (kernels write rows in any order, so one that is named twice holds either value or parts of both, and one that is not named what the
+    memory held; the layouts of `llava_fast.batch` name each once).
     source int64 [V]: the table's row of each visual row, the newline's is the one after all others; None: 0, 1, 2, ... of the M view rows.
     resamples: (mode, cells int64 [K, H, W] of view rows, (H', W')) as spatial_pool takes them; ignored without source.
     Differentiable in features, w1, b1, w2, b2, newline and embedding. Raises ValueError for shapes or dtypes that do not fit; the layouts

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from llava_fast.batch import Visual
+from llava_fast.batch import Visual, pack, splice
 from llava_fast.inputs.layouts import (
     anyres_grid,
     anyres_layout,
@@ -271,3 +271,24 @@ def test_what_cannot_be_laid_out_is_refused(call, message):
 def test_layouts_are_int64():
     for visual in (view_layout(3, True), frames_layout(2, 3, "max"), anyres_layout((9, 9), 3, 4, "(1x1),...,(2x2)", max_tiles=1)):
         assert visual.source.dtype == np.int64 and all(r.source.dtype == np.int64 for r in visual.resamples)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["text", "view", "newlines", "frames", "tiles"]), min_size=1, max_size=6), min_size=1, max_size=4))
+def test_rows_of_a_batch_are_named_once_and_in_order(prompts: list[list[str]]) -> None:
+    """What kernels/projector.py asks for: a row that two visual tokens shared would be written by two threads."""
+    made = {
+        "view": view_layout(4),
+        "newlines": view_layout(4, newline=True),
+        "frames": frames_layout(3, 4, "average"),
+        "tiles": anyres_layout((40, 20), 4, 8, [(16, 8), (8, 16)]),
+    }
+    samples = [
+        splice([5 if part == "text" else -1 for part in prompt], [made[part] for part in prompt if part in made], -1) for prompt in prompts
+    ]
+    views = sum(sample.views for sample in samples)
+    batch = pack(samples, torch.empty(views, 3, 8, 8))
+    if batch.layout is not None:
+        rows, text_rows = batch.layout.rows, batch.layout.text_rows
+        assert (rows.diff() > 0).all() and (text_rows.diff() > 0).all()
+        assert torch.equal(torch.cat([rows, text_rows]).sort().values, torch.arange(len(batch.token_ids)))

@@ -178,6 +178,16 @@ def test_rows_scatter(M: int, implementation: str) -> None:
                 linear(x, weight, bias, out=out, rows=rows)
 
 
+@pytest.mark.parametrize("M", [4, 25])
+def test_rows_that_would_be_written_twice(M: int) -> None:
+    """Two threads would each write a part."""
+    x, weight, *_ = make(M, 64, 40, "float32")
+    rows = torch.arange(M)
+    rows[-1] = 1
+    with registry.use(linear="cpu"), pytest.raises(ValueError, match="rows must differ, got 1 twice"):
+        linear(x, weight, out=torch.empty(60, 40), rows=rows)
+
+
 def test_residual_may_be_the_output() -> None:
     for M in (2, 40):
         x, weight, _, _, residual = make(M, 64, 64, "float32")

@@ -18,6 +18,23 @@ void widen_all(const void* from, int64_t n, std::vector<float>& to) {
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(widen(static_cast<const T*>(from)[i]));
 }
 
+// Of two rows of x that go to one of out, two threads would each write a part.
+void check_rows(const int64_t* rows, int64_t M, int64_t out_rows) {
+    bool ascending = true;
+    for (int64_t m = 0; m < M; ++m) {
+        if (rows[m] < 0 || rows[m] >= out_rows) {
+            throw std::invalid_argument("rows[" + std::to_string(m) + "] is " + std::to_string(rows[m]) +
+                                        ", expected a row of out, 0 to " + std::to_string(out_rows - 1));
+        }
+        ascending &= m == 0 || rows[m] > rows[m - 1];
+    }
+    if (ascending) return;  // as layouts are
+    std::vector<char> taken(out_rows, 0);
+    for (int64_t m = 0; m < M; ++m) {
+        if (taken[rows[m]]++ != 0) throw std::invalid_argument("rows must differ, got " + std::to_string(rows[m]) + " twice");
+    }
+}
+
 // Waking threads costs some 10 us, the time one core takes to read 100 KB or to do some two million multiply-adds.
 int useful_threads(const LinearTask& task) {
     const int64_t share = std::max(task.I * task.O / 65536, task.M * task.I * task.O / 2000000);
@@ -30,12 +47,7 @@ void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows
     if (task.rows == nullptr && task.M > out_rows) {
         throw std::invalid_argument("out has " + std::to_string(out_rows) + " rows, expected " + std::to_string(task.M));
     }
-    for (int64_t m = 0; task.rows != nullptr && m < task.M; ++m) {
-        if (task.rows[m] < 0 || task.rows[m] >= out_rows) {
-            throw std::invalid_argument("rows[" + std::to_string(m) + "] is " + std::to_string(task.rows[m]) +
-                                        ", expected a row of out, 0 to " + std::to_string(out_rows - 1));
-        }
-    }
+    if (task.rows != nullptr) check_rows(task.rows, task.M, out_rows);
     if (task.scale != nullptr && task.group < 1) {
         throw std::invalid_argument("group must be at least 1, got " + std::to_string(task.group));
     }

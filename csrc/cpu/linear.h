@@ -39,7 +39,7 @@ void linear_avx512(const LinearTask& task);
 void linear_amx(const LinearTask& task);
 
 // The whole op. bias_type: of task.bias, given as `bias`. out_rows: rows of out. Throws std::invalid_argument for an entry of rows
-// outside [0, out_rows), a group below 1 and a bias in e4m3.
+// outside [0, out_rows) or there twice, a group below 1 and a bias in e4m3.
 void linear(LinearTask task, const void* bias, DType bias_type, int64_t out_rows);
 
 }  // namespace llava_fast
