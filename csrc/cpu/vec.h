@@ -81,6 +81,16 @@ static inline vec load(const nibbles* p) {
     const __m512i index = _mm512_srlv_epi32(spread, _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28));
     return _mm512_permutexvar_ps(index, _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7));
 }
+// For products of whole registers of bytes: what `pairs` makes numbers of, for one scale, and 2 * kWidth numbers times that scale, the
+// even columns and the odd ones. The table look-up reads no more than four bits of an index.
+static inline vec levels(float scale) {
+    return _mm512_mul_ps(_mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_ps(scale));
+}
+static inline void pairs(const nibbles* p, vec levels, vec& even, vec& odd) {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    even = _mm512_permutexvar_ps(bytes, levels);
+    odd = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), levels);
+}
 static inline void store(float* p, vec x) {
     _mm512_storeu_ps(p, x);
 }
@@ -156,6 +166,15 @@ static inline vec load(const nibbles* p) {
     std::memcpy(&bytes, p, sizeof(bytes));
     const __m256i shifted = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(shifted, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
+}
+static inline vec levels(float scale) {
+    return _mm256_set1_ps(scale);
+}
+static inline void pairs(const nibbles* p, vec levels, vec& even, vec& odd) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const vec least = _mm256_mul_ps(levels, _mm256_set1_ps(-8.0f));  // exact, so that each number is rounded once
+    even = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(15))), levels, least);
+    odd = _mm256_fmadd_ps(_mm256_cvtepi32_ps(_mm256_srli_epi32(bytes, 4)), levels, least);
 }
 static inline vec load(const e4m3* p) {  // through fp16, whose subnormals cost nothing: the exponent's bias is 15 there and 7 here
     const __m128i x = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
@@ -254,6 +273,15 @@ static inline vec load(const nibbles* p) {
     for (int64_t i = 0; i < kWidth; ++i) x[i] = static_cast<float>((p[i / 2].bits >> (i % 2 * 4) & 15) - 8);
     return x;
 }
+static inline vec levels(float scale) {
+    return splat(scale);
+}
+static inline void pairs(const nibbles* p, vec levels, vec& even, vec& odd) {
+    for (int64_t i = 0; i < kWidth; ++i) {
+        even[i] = static_cast<float>((p[i].bits & 15) - 8) * levels[i];
+        odd[i] = static_cast<float>((p[i].bits >> 4) - 8) * levels[i];
+    }
+}
 static inline vec load(const float* p, int64_t n) {
     vec x = splat(0.0f);
     for (int64_t i = 0; i < n; ++i) x[i] = p[i];
@@ -326,6 +354,11 @@ static inline vec load(const nibbles* p, int64_t n) {
     nibbles part[kWidth / 2] = {};
     for (int64_t i = 0; i < n / 2; ++i) part[i] = p[i];
     return load(part);
+}
+static inline void pairs(const nibbles* p, vec levels, vec& even, vec& odd, int64_t n) {
+    nibbles part[kWidth] = {};
+    for (int64_t i = 0; i < n / 2; ++i) part[i] = p[i];
+    pairs(part, levels, even, odd);
 }
 
 #if defined(__AVX512F__)
