@@ -7,14 +7,13 @@
 
 #include "cpu/activation_curve.h"
 #include "cpu/isa.h"
+#include "cpu/stream.h"
 
 namespace llava_fast {
 
 namespace {
 
 constexpr int64_t kFewElements = 1 << 15;  // a second thread costs more to wake than it saves: some 10 us
-constexpr int64_t kManyBytes = 8 << 20;    // outputs that no cache would keep until they are read
-constexpr int64_t kLine = 64;
 
 int threads_for(int threads, int64_t elements) {
     return elements < kFewElements ? 1 : threads;
@@ -25,12 +24,6 @@ void check_dtype(const char* what, DType dtype, bool or_e4m3 = false) {
     if (dtype == DType::f32 || dtype == DType::bf16 || dtype == DType::f16 || (or_e4m3 && dtype == DType::e4m3)) return;
     throw std::invalid_argument(std::string(what) + " must be fp32, bf16" + (or_e4m3 ? ", fp16 or e4m3" : " or fp16") + ", got " +
                                 (dtype == DType::f64 ? "fp64" : "e4m3"));
-}
-
-// Rows of `width` elements that begin with a line.
-bool streams(DType dtype, const void* out, int64_t rows, int64_t width) {
-    const int64_t bytes = width * (dtype == DType::f32 ? 4 : 2);
-    return rows * bytes >= kManyBytes && bytes % kLine == 0 && reinterpret_cast<uintptr_t>(out) % kLine == 0;
 }
 
 // Room for whole registers.
@@ -54,7 +47,7 @@ void norm_forward(NormTask task) {
     const auto scratch = floats((2 + task.threads) * padded(task.D));
     task.scratch = scratch.get();
     task.centred = task.bias != nullptr;
-    task.stream = streams(task.dtype, task.out, task.T, task.D) && reinterpret_cast<uintptr_t>(task.sum) % kLine == 0;
+    task.stream = streams(task.dtype, task.out, task.T, task.D) && reinterpret_cast<uintptr_t>(task.sum) % 64 == 0;
     LLAVA_FAST_CHOOSE(norm_forward)(task);
 }
 
@@ -84,7 +77,7 @@ void rope(RopeTask task) {
 void activation_forward(ActivationTask task) {
     check_dtype("x", task.dtype);
     task.threads = threads_for(task.threads, task.n);
-    task.stream = streams(task.dtype, task.out, task.n / kLine, kLine);
+    task.stream = streams(task.dtype, task.out, task.n / 64, 64);
     task.curve = &activation_curve(task.kind, false);
     LLAVA_FAST_CHOOSE(activation_forward)(task);
 }
@@ -92,7 +85,7 @@ void activation_forward(ActivationTask task) {
 void activation_backward(ActivationTask task) {
     check_dtype("x", task.dtype);
     task.threads = threads_for(task.threads, task.n);
-    task.stream = streams(task.dtype, task.out, task.n / kLine, kLine);
+    task.stream = streams(task.dtype, task.out, task.n / 64, 64);
     task.curve = &activation_curve(task.kind, true);
     LLAVA_FAST_CHOOSE(activation_backward)(task);
 }

@@ -2,12 +2,12 @@
 #include "cpu/spatial_pool.h"
 
 #include <algorithm>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cpu/stream.h"
 
 namespace llava_fast {
 
@@ -17,7 +17,7 @@ struct AxisTables {
     int64_t taps = 0;
     std::vector<int64_t> index;
     std::vector<double> weight;
-    std::vector<int64_t> inverse_start, inverse_output, inverse_tap;
+    std::vector<int64_t> inverse_start, inverse_output;
     std::vector<double> inverse_weight;
 
     void add(int64_t cell, double w) {
@@ -31,18 +31,16 @@ struct AxisTables {
         for (int64_t i = 0; i < inputs; ++i) inverse_start[i + 1] += inverse_start[i];
         std::vector<int64_t> next(inverse_start.begin(), inverse_start.end() - 1);
         inverse_output.resize(index.size());
-        inverse_tap.resize(index.size());
         inverse_weight.resize(index.size());
         for (size_t i = 0; i < index.size(); ++i) {
             const int64_t place = next[index[i]]++;
             inverse_output[place] = static_cast<int64_t>(i) / taps;
-            inverse_tap[place] = static_cast<int64_t>(i) % taps;
             inverse_weight[place] = weight[i];
         }
     }
 
     PoolAxis view() const {
-        return {taps, index.data(), weight.data(), inverse_start.data(), inverse_output.data(), inverse_tap.data(), inverse_weight.data()};
+        return {taps, index.data(), weight.data(), inverse_start.data(), inverse_output.data(), inverse_weight.data()};
     }
 };
 
@@ -89,7 +87,8 @@ int useful_threads(int64_t values, int threads) {
     return static_cast<int>(std::clamp<int64_t>(values / 32768, 1, std::max(threads, 1)));
 }
 
-PoolTask make_task(DType dtype, PoolMode mode, const PoolShape& shape, const AxisTables& y, const AxisTables& x, int threads) {
+PoolTask make_task(DType dtype, PoolMode mode, const PoolShape& shape, const AxisTables& y, const AxisTables& x, const void* out,
+                   int64_t rows, int threads) {
     PoolTask task{};
     task.dtype = dtype;
     task.mode = mode;
@@ -97,6 +96,7 @@ PoolTask make_task(DType dtype, PoolMode mode, const PoolShape& shape, const Axi
     task.y = y.view();
     task.x = x.view();
     task.divisor = mode == PoolMode::average ? static_cast<double>(y.taps * x.taps) : 1.0;
+    task.stream = streams(dtype, out, rows, shape.D);
     task.threads = useful_threads(std::max(shape.K * shape.H * shape.W, shape.M) * shape.D, threads);
     return task;
 }
@@ -107,7 +107,7 @@ void spatial_pool_forward(DType dtype, PoolMode mode, const PoolShape& s, const 
                           int threads) {
     check_source(source, s.K * s.H * s.W, s.M);
     const AxisTables y = make_axis(mode, s.H, s.out_H), x = make_axis(mode, s.W, s.out_W);
-    PoolTask task = make_task(dtype, mode, s, y, x, threads);
+    PoolTask task = make_task(dtype, mode, s, y, x, out, s.K * s.out_H * s.out_W, threads);
     task.source = source;
     task.table = table;
     task.out = out;
@@ -119,21 +119,19 @@ void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const
     const int64_t cells = s.K * s.H * s.W;
     check_source(source, cells, s.M);
     const AxisTables y = make_axis(mode, s.H, s.out_H), x = make_axis(mode, s.W, s.out_W);
-    std::vector<int64_t> reader_start(s.M + 1, 0), reader_cell(cells);
+    std::vector<int64_t> reader_start(s.M + 1, 0);
     for (int64_t i = 0; i < cells; ++i) ++reader_start[source[i] + 1];
     for (int64_t m = 0; m < s.M; ++m) reader_start[m + 1] += reader_start[m];
     std::vector<int64_t> next(reader_start.begin(), reader_start.end() - 1);
-    for (int64_t i = 0; i < cells; ++i) reader_cell[next[source[i]]++] = i;
-    // Not a vector, which would write zeros first.
-    const std::unique_ptr<int32_t[]> argmax(mode == PoolMode::max ? new int32_t[s.K * s.out_H * s.out_W * s.D] : nullptr);
-    PoolTask task = make_task(dtype, mode, s, y, x, threads);
+    std::vector<PoolReader> readers(cells);
+    for (int64_t i = 0; i < cells; ++i) readers[next[source[i]]++] = {i / (s.H * s.W), i / s.W % s.H, i % s.W};
+    PoolTask task = make_task(dtype, mode, s, y, x, grad_table, s.M, threads);
     task.source = source;
     task.table = table;
     task.grad = grad;
     task.grad_table = grad_table;
     task.reader_start = reader_start.data();
-    task.reader_cell = reader_cell.data();
-    task.argmax = argmax.get();
+    task.readers = readers.data();
     LLAVA_FAST_CHOOSE(spatial_pool_backward)(task);
 }
 

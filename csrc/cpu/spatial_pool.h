@@ -22,8 +22,11 @@ struct PoolAxis {
     const double* weight;           // [outputs * taps]
     const int64_t* inverse_start;   // [inputs + 1]
     const int64_t* inverse_output;  // output that reads the input
-    const int64_t* inverse_tap;     // as which of its taps
     const double* inverse_weight;
+};
+
+struct PoolReader {
+    int64_t k, y, x;
 };
 
 struct PoolTask {
@@ -39,8 +42,8 @@ struct PoolTask {
     const void* grad;             // [K * out_H * out_W, D]
     void* grad_table;             // [M, D]
     const int64_t* reader_start;  // [M + 1] cells that read each table row: a stable counting sort of source
-    const int64_t* reader_cell;   // [K * H * W]
-    int32_t* argmax;              // scratch [K * out_H * out_W, D], max only
+    const PoolReader* readers;    // [K * H * W]
+    bool stream;                  // write around the caches
     int threads;
 };
 

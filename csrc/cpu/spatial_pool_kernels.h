@@ -1,23 +1,69 @@
 // The loops of spatial pooling, compiled once per instruction set; the including file defines ISA to the set's name.
 //
-// The op moves bytes and hardly computes, so plain loops over the width that the compiler vectorises reach the memory's speed
-// and intrinsics would add nothing. Backward is a gather too: a table row sums what its readers' outputs hand back, in a
-// fixed order, so the result depends neither on threads nor on the instruction set and no accumulator is kept in memory.
-//
-// Only static and templated functions inside the namespace of the instruction set, and nothing from the standard library:
-// see half.h for the reason.
+// The op moves bytes. A row is read from its start to its end (two of bf16 at once would share a page, and the processor prefetches one
+// stream a page) and written once, around the caches where it will not be read soon. Backward is a gather too: a table row sums what its
+// readers' outputs hand back, in a fixed order, so the result depends neither on threads nor on the instruction set (hence no fused
+// multiply-adds).
 #pragma once
 
+#include "cpu/rows.h"
 #include "cpu/spatial_pool.h"
-#include "half.h"
-
-#define LLAVA_FAST_JOIN_(a, b) a##b
-#define LLAVA_FAST_JOIN(a, b) LLAVA_FAST_JOIN_(a, b)
 
 namespace llava_fast {
 namespace ISA {
 
-constexpr int64_t kBlock = 256;  // columns a pass: the accumulators stay in L1, rows are read 512 bytes or more at a time
+constexpr int64_t kColumns = 2048;  // of a row at a time: sums stay in L1
+
+// kPair numbers in fp64, for tables in fp64; not made to be fast.
+struct doubles {
+    double x[kPair];
+};
+static inline doubles operator+(doubles a, doubles b) {
+    for (int64_t i = 0; i < kPair; ++i) a.x[i] += b.x[i];
+    return a;
+}
+static inline doubles operator*(doubles a, doubles b) {
+    for (int64_t i = 0; i < kPair; ++i) a.x[i] *= b.x[i];
+    return a;
+}
+static inline doubles operator/(doubles a, doubles b) {
+    for (int64_t i = 0; i < kPair; ++i) a.x[i] /= b.x[i];
+    return a;
+}
+static inline pair operator/(pair x, pair y) {
+    return {x.a / y.a, x.b / y.b};
+}
+static inline doubles load_pair(const double* p, int64_t n = kPair) {
+    doubles a = {};
+    for (int64_t i = 0; i < n; ++i) a.x[i] = p[i];
+    return a;
+}
+static inline doubles load_ahead(const double* p, int64_t n) {
+    return load_pair(p, n);
+}
+static inline void store_pair(double* p, doubles a, int64_t n = kPair) {
+    for (int64_t i = 0; i < n; ++i) p[i] = a.x[i];
+}
+static inline pair splat_pair(double x, float) {
+    return splat_pair(static_cast<float>(x));
+}
+static inline doubles splat_pair(double x, double) {
+    doubles a;
+    for (double& value : a.x) value = x;
+    return a;
+}
+
+// a where `value` takes the maximum from `best`, which came before it: where it is greater or NaN, as in torch's max pooling; else b.
+static inline vec choose(vec value, vec best, vec a, vec b) {
+    return (value > best) | (value != value) ? a : b;
+}
+static inline pair choose(pair value, pair best, pair a, pair b) {
+    return {choose(value.a, best.a, a.a, b.a), choose(value.b, best.b, a.b, b.b)};
+}
+static inline doubles choose(doubles value, doubles best, doubles a, doubles b) {
+    for (int64_t i = 0; i < kPair; ++i) a.x[i] = (value.x[i] > best.x[i]) | (value.x[i] != value.x[i]) ? a.x[i] : b.x[i];
+    return a;
+}
 
 template <typename T>
 struct Accumulator {
@@ -28,38 +74,29 @@ struct Accumulator<double> {
     using type = double;
 };
 
-template <typename T, typename A>
-static inline void add_scaled(A* __restrict acc, const T* __restrict row, A weight, int64_t n) {
-    for (int64_t d = 0; d < n; ++d) acc[d] += weight * widen(row[d]);
+// acc[i] = f(acc[i], row[i]) for n columns, by pairs: `acc` has room for whole ones, in the order of pairs of T.
+template <typename T, typename A, typename F>
+static inline __attribute__((always_inline)) void update(A* acc, const T* row, int64_t n, const F& f) {
+    each_pair(n, [&](int64_t i, int64_t m) { store_pair(acc + i, f(load_pair(acc + i), load_ahead(row + i, m))); });
 }
 
-template <typename T, typename A>
-static inline void store_divided(T* __restrict out, const A* __restrict acc, A divisor, int64_t n) {
-    for (int64_t d = 0; d < n; ++d) narrow(acc[d] / divisor, &out[d]);
-}
-
-// A later value wins where it is greater or NaN, as in torch's max pooling.
-template <typename T, typename A>
-static inline void keep_greater(A* __restrict best, const T* __restrict row, int64_t n) {
-    for (int64_t d = 0; d < n; ++d) {
-        A value = widen(row[d]);
-        best[d] = (value > best[d]) | (value != value) ? value : best[d];
+// out[d] = acc[d] / divisor, where fill(acc, d, n) makes the sums of columns d to d + n from `start`.
+template <typename T, typename F>
+static inline __attribute__((always_inline)) void write_sums(const PoolTask& task, T* out, double start, const F& fill) {
+    using A = typename Accumulator<T>::type;
+    alignas(64) A acc[kColumns];
+    const auto first = splat_pair(start, A()), divisor = splat_pair(task.divisor, A()), factor = splat_pair(1.0 / task.divisor, A());
+    const int64_t whole = static_cast<int64_t>(task.divisor);
+    const bool exact = (whole & (whole - 1)) == 0;  // a power of two; a division takes 16 cycles a register
+    for (int64_t d = 0; d < task.shape.D; d += kColumns) {
+        const int64_t n = task.shape.D - d < kColumns ? task.shape.D - d : kColumns;
+        for (int64_t i = 0; i < n; i += kPair) store_pair(acc + i, first);
+        fill(acc, d, n);
+        write_row(out + d, n, task.stream, [&](int64_t i, int64_t) {
+            const auto total = load_pair(acc + i);
+            return exact ? total * factor : total / divisor;
+        });
     }
-}
-
-template <typename T, typename A>
-static inline void keep_greater_tap(A* __restrict best, int32_t* __restrict arg, const T* __restrict row, int32_t tap, int64_t n) {
-    for (int64_t d = 0; d < n; ++d) {
-        A value = widen(row[d]);
-        bool wins = (value > best[d]) | (value != value);
-        best[d] = wins ? value : best[d];
-        arg[d] = wins ? tap : arg[d];
-    }
-}
-
-template <typename T, typename A>
-static inline void add_chosen(A* __restrict acc, const T* __restrict grad, const int32_t* __restrict arg, int32_t tap, int64_t n) {
-    for (int64_t d = 0; d < n; ++d) acc[d] += arg[d] == tap ? widen(grad[d]) : A(0);
 }
 
 template <typename T>
@@ -67,97 +104,82 @@ static void forward(const PoolTask& task) {
     using A = typename Accumulator<T>::type;
     const PoolShape s = task.shape;
     const T* table = static_cast<const T*>(task.table);
-    T* out = static_cast<T*>(task.out);
-    const A divisor = static_cast<A>(task.divisor);
-#pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
-    for (int64_t r = 0; r < s.K * s.out_H * s.out_W; ++r) {
-        const int64_t k = r / (s.out_H * s.out_W), oy = r / s.out_W % s.out_H, ox = r % s.out_W;
-        const int64_t* cells = task.source + k * s.H * s.W;
-        A acc[kBlock];
-        for (int64_t d = 0; d < s.D; d += kBlock) {
-            const int64_t n = s.D - d < kBlock ? s.D - d : kBlock;
-            for (int64_t i = 0; i < n; ++i) acc[i] = 0;
-            for (int64_t j = 0; j < task.y.taps * task.x.taps; ++j) {
-                const int64_t ty = oy * task.y.taps + j / task.x.taps, tx = ox * task.x.taps + j % task.x.taps;
-                const T* row = table + cells[task.y.index[ty] * s.W + task.x.index[tx]] * s.D + d;
-                if (task.mode != PoolMode::max) {
-                    add_scaled(acc, row, static_cast<A>(task.y.weight[ty]) * static_cast<A>(task.x.weight[tx]), n);
-                } else if (j == 0) {
-                    for (int64_t i = 0; i < n; ++i) acc[i] = widen(row[i]);
-                } else {
-                    keep_greater(acc, row, n);
-                }
-            }
-            store_divided(out + r * s.D + d, acc, divisor, n);
+    const bool max = task.mode == PoolMode::max;
+#pragma omp parallel num_threads(task.threads) if (task.threads > 1)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < s.K * s.out_H * s.out_W; ++r) {
+            const int64_t k = r / (s.out_H * s.out_W), oy = r / s.out_W % s.out_H, ox = r % s.out_W;
+            const int64_t* cells = task.source + k * s.H * s.W;
+            write_sums(task, static_cast<T*>(task.out) + r * s.D, max ? -static_cast<double>(__builtin_inff()) : 0.0,
+                       [&](A* acc, int64_t d, int64_t n) {
+                           for (int64_t j = 0; j < task.y.taps * task.x.taps; ++j) {
+                               const int64_t ty = oy * task.y.taps + j / task.x.taps, tx = ox * task.x.taps + j % task.x.taps;
+                               const T* row = table + cells[task.y.index[ty] * s.W + task.x.index[tx]] * s.D + d;
+                               if (max) {
+                                   update(acc, row, n, [](auto best, auto value) { return choose(value, best, value, best); });
+                               } else {
+                                   const auto weight =
+                                       splat_pair(static_cast<A>(task.y.weight[ty]) * static_cast<A>(task.x.weight[tx]), A());
+                                   update(acc, row, n, [&](auto sum, auto value) { return sum + weight * value; });
+                               }
+                           }
+                       });
         }
+        if (task.stream) fence();  // not after each row, where the next one would wait for it
     }
 }
 
-// task.argmax[r, d] = the tap that gave output row r its maximum.
-template <typename T>
-static void find_argmax(const PoolTask& task) {
-    using A = typename Accumulator<T>::type;
-    const PoolShape s = task.shape;
-    const T* table = static_cast<const T*>(task.table);
-#pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
-    for (int64_t r = 0; r < s.K * s.out_H * s.out_W; ++r) {
-        const int64_t k = r / (s.out_H * s.out_W), oy = r / s.out_W % s.out_H, ox = r % s.out_W;
-        const int64_t* cells = task.source + k * s.H * s.W;
-        A best[kBlock];
-        for (int64_t d = 0; d < s.D; d += kBlock) {
-            const int64_t n = s.D - d < kBlock ? s.D - d : kBlock;
-            int32_t* arg = task.argmax + r * s.D + d;
-            for (int64_t j = 0; j < task.y.taps * task.x.taps; ++j) {
-                const int64_t ty = oy * task.y.taps + j / task.x.taps, tx = ox * task.x.taps + j % task.x.taps;
-                const T* row = table + cells[task.y.index[ty] * s.W + task.x.index[tx]] * s.D + d;
-                if (j == 0) {
-                    for (int64_t i = 0; i < n; ++i) {
-                        best[i] = widen(row[i]);
-                        arg[i] = 0;
-                    }
-                } else {
-                    keep_greater_tap(best, arg, row, static_cast<int32_t>(j), n);
-                }
-            }
-        }
-    }
-}
-
-// Adds to acc what the outputs that read `cell` hand back to it, columns d to d + n.
+// Adds `grad` of n columns to acc where the cell (k, y, x), which is `own` there, gave its window the maximum. The window's other cells are
+// read again: they are in the caches, and the numbers of the winners would be half as many bytes again as a bf16 table's, written and
+// read.
 template <typename T, typename A>
-static inline void add_readers(const PoolTask& task, A* acc, int64_t cell, int64_t d, int64_t n) {
+static inline void add_chosen(const PoolTask& task, A* acc, PoolReader cell, const T* own, const T* grad, int64_t d, int64_t n) {
     const PoolShape s = task.shape;
-    const int64_t k = cell / (s.H * s.W), y = cell / s.W % s.H, x = cell % s.W;
-    for (int64_t i = task.y.inverse_start[y]; i < task.y.inverse_start[y + 1]; ++i) {
-        for (int64_t j = task.x.inverse_start[x]; j < task.x.inverse_start[x + 1]; ++j) {
-            const int64_t r = (k * s.out_H + task.y.inverse_output[i]) * s.out_W + task.x.inverse_output[j];
-            const T* grad = static_cast<const T*>(task.grad) + r * s.D + d;
-            if (task.mode == PoolMode::max) {
-                const int64_t tap = task.y.inverse_tap[i] * task.x.taps + task.x.inverse_tap[j];
-                add_chosen(acc, grad, task.argmax + r * s.D + d, static_cast<int32_t>(tap), n);
-            } else {
-                add_scaled(acc, grad, static_cast<A>(task.y.inverse_weight[i]) * static_cast<A>(task.x.inverse_weight[j]), n);
-            }
-        }
+    const int64_t wy = task.y.taps, wx = task.x.taps, tap = cell.y % wy * wx + cell.x % wx;
+    const auto zero = splat_pair(0.0, A());
+    alignas(64) A kept[kColumns];
+    update(kept, grad, n, [](auto, auto value) { return value; });
+    for (int64_t j = 0; j < wy * wx; ++j) {
+        if (j == tap) continue;
+        const int64_t y = cell.y / wy * wy + j / wx, x = cell.x / wx * wx + j % wx;
+        const T* other = static_cast<const T*>(task.table) + task.source[(cell.k * s.H + y) * s.W + x] * s.D + d;
+        each_pair(n, [&](int64_t i, int64_t m) {
+            const auto mine = load_pair(own + i, m), theirs = load_ahead(other + i, m), value = load_pair(kept + i);
+            store_pair(kept + i, j < tap ? choose(mine, theirs, value, zero) : choose(theirs, mine, zero, value));
+        });
     }
+    for (int64_t i = 0; i < n; i += kPair) store_pair(acc + i, load_pair(acc + i) + load_pair(kept + i));
 }
 
 template <typename T>
 static void backward(const PoolTask& task) {
     using A = typename Accumulator<T>::type;
     const PoolShape s = task.shape;
-    T* grad_table = static_cast<T*>(task.grad_table);
-    const A divisor = static_cast<A>(task.divisor);
-    if (task.mode == PoolMode::max) find_argmax<T>(task);
-#pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
-    for (int64_t m = 0; m < s.M; ++m) {
-        A acc[kBlock];
-        for (int64_t d = 0; d < s.D; d += kBlock) {
-            const int64_t n = s.D - d < kBlock ? s.D - d : kBlock;
-            for (int64_t i = 0; i < n; ++i) acc[i] = 0;
-            for (int64_t e = task.reader_start[m]; e < task.reader_start[m + 1]; ++e) add_readers<T>(task, acc, task.reader_cell[e], d, n);
-            store_divided(grad_table + m * s.D + d, acc, divisor, n);
+#pragma omp parallel num_threads(task.threads) if (task.threads > 1)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t m = 0; m < s.M; ++m) {
+            write_sums(task, static_cast<T*>(task.grad_table) + m * s.D, 0.0, [&](A* acc, int64_t d, int64_t n) {
+                for (int64_t e = task.reader_start[m]; e < task.reader_start[m + 1]; ++e) {
+                    const PoolReader cell = task.readers[e];
+                    for (int64_t i = task.y.inverse_start[cell.y]; i < task.y.inverse_start[cell.y + 1]; ++i) {
+                        for (int64_t j = task.x.inverse_start[cell.x]; j < task.x.inverse_start[cell.x + 1]; ++j) {
+                            const int64_t r = (cell.k * s.out_H + task.y.inverse_output[i]) * s.out_W + task.x.inverse_output[j];
+                            const T* grad = static_cast<const T*>(task.grad) + r * s.D + d;
+                            if (task.mode == PoolMode::max) {
+                                add_chosen(task, acc, cell, static_cast<const T*>(task.table) + m * s.D + d, grad, d, n);
+                            } else {
+                                const auto weight =
+                                    splat_pair(static_cast<A>(task.y.inverse_weight[i]) * static_cast<A>(task.x.inverse_weight[j]), A());
+                                update(acc, grad, n, [&](auto sum, auto value) { return sum + weight * value; });
+                            }
+                        }
+                    }
+                }
+            });
         }
+        if (task.stream) fence();  // not after each row, where the next one would wait for it
     }
 }
 
