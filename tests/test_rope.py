@@ -127,6 +127,27 @@ def test_same_bits_in_every_run_and_thread_count() -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [64, 224])
+def test_many_rows_as_few(d: int, dtype: torch.dtype, isa: str) -> None:
+    """Outputs of 8 MB are written around the caches."""
+    H, G = 14, 2
+    T = -(-(8 << 20) // (H * d * dtype.itemsize))
+    fused, cos, sin = make(T, H, G, d, dtype)
+    q, k, v = split(fused, H, G, d)
+
+    def both(rows: slice) -> list[Tensor]:
+        cache = torch.zeros(2, len(k[rows]), G, d, dtype=dtype)
+        slots = torch.arange(len(k[rows])).flip(0)
+        q_too = rope_into_cache(q[rows], k[rows], v[rows], cos[rows], sin[rows], cache[0], cache[1], slots)
+        return [*rope_qk(q[rows], k[rows], cos[rows], sin[rows]), q_too, cache[0].flip(0), cache[1].flip(0)]
+
+    whole, halves = both(slice(None)), [both(slice(None, T // 2)), both(slice(T // 2, None))]
+    for i, one in enumerate(whole):
+        assert torch.equal(one, torch.cat([half[i] for half in halves]))
+    assert torch.equal(whole[4], v)
+
+
 def test_backward_is_the_inverse() -> None:
     fused, cos, sin = make(20, 4, 4, 64, torch.float32)
     q = split(fused, 4, 4, 64)[0].detach().clone().requires_grad_()

@@ -77,6 +77,20 @@ def test_values_and_gradients(mode: str, K: int, H: int, W: int, size, D: int, d
             assert torch.equal(our, theirs)
 
 
+@pytest.mark.parametrize(("mode", "size", "dtype"), [("average", 9, "float32"), ("max", 13, "bfloat16"), ("bilinear", 14, "bfloat16")])
+def test_many_maps_as_one_by_one(mode: str, size: int, dtype: str, isa: str) -> None:
+    """Outputs of 8 MB are written around the caches."""
+    D, kind = 2080, getattr(torch, dtype)
+    K = -(-(8 << 20) // (size * size * D * kind.itemsize))
+    table, source = torch.randn(K, 27 * 27, D).to(kind), torch.arange(27 * 27).view(1, 27, 27)
+    grad = torch.randn(K, size * size, D).to(kind)
+    together = torch.arange(K * 27 * 27).view(K, 27, 27)
+    out, grad_table = with_grad(spatial_pool, table.view(-1, D), together, (size, size), mode, grad.view(-1, D))
+    for k in range(K):
+        ours = with_grad(spatial_pool, table[k], source, (size, size), mode, grad[k])
+        assert torch.equal(out.view_as(grad)[k], ours[0]) and torch.equal(grad_table.view_as(table)[k], ours[1])
+
+
 @pytest.mark.parametrize("implementation", ["cpu", "reference"])
 @pytest.mark.parametrize("stride", [2, 3, 4])
 @pytest.mark.parametrize("mode", ["average", "max"])

@@ -141,33 +141,46 @@ static void activation_backward(const ActivationTask& task) {
 template <typename T>
 static void swiglu_forward(const SwigluTask& task) {
     const int64_t F = task.F;
-#pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
-    for (int64_t t = 0; t < task.T; ++t) {
-        const Formula<T, Activation::silu> formula(*task.curve);
-        const T *gate = static_cast<const T*>(task.gate_up) + t * 2 * F, *up = gate + F;
-        write_row(static_cast<T*>(task.out) + t * F, F, task.stream, [&](int64_t i, int64_t n) {
-            return both([&](vec g) { return formula.value(g); }, load_ahead(gate + i, n)) * load_ahead(up + i, n);
-        });
+#pragma omp parallel num_threads(task.threads) if (task.threads > 1)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t t = 0; t < task.T; ++t) {
+            const Formula<T, Activation::silu> formula(*task.curve);
+            const T *gate = static_cast<const T*>(task.gate_up) + t * 2 * F, *up = gate + F;
+            write_row(static_cast<T*>(task.out) + t * F, F, task.stream, [&](int64_t i, int64_t n) {
+                return both([&](vec g) { return formula.value(g); }, load_ahead(gate + i, n)) * load_ahead(up + i, n);
+            });
+        }
         if (task.stream) fence();
     }
 }
 
 template <typename T>
 static void swiglu_backward(const SwigluTask& task) {
+    constexpr int64_t kBlock = 4096 / sizeof(T);
     const int64_t F = task.F;
-    const Formula<T, Activation::silu> formula(*task.curve);
     const vec one = splat(1.0f);
-#pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
-    for (int64_t t = 0; t < task.T; ++t) {
-        const Formula<T, Activation::silu> formula(*task.curve);
-        const T *gate = static_cast<const T*>(task.gate_up) + t * 2 * F, *up = gate + F, *grad = static_cast<const T*>(task.grad) + t * F;
-        T *grad_gate = static_cast<T*>(task.out) + t * 2 * F, *grad_up = grad_gate + F;
-        write_row(grad_gate, F, task.stream, [&](int64_t i, int64_t n) {
-            const pair g = load_ahead(gate + i, n), dy = load_ahead(grad + i, n);
-            const pair s = both([&](vec v) { return formula.sigmoid(v); }, g), silu = g * s;
-            store_pair(grad_up + i, dy * silu, n);
-            return dy * load_ahead(up + i, n) * both([&](vec x, vec y) { return fma(x, one - y, y); }, silu, s);
-        });
+#pragma omp parallel num_threads(task.threads) if (task.threads > 1)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t t = 0; t < task.T; ++t) {
+            const Formula<T, Activation::silu> formula(*task.curve);
+            const T *gate = static_cast<const T*>(task.gate_up) + t * 2 * F, *up = gate + F,
+                    *grad = static_cast<const T*>(task.grad) + t * F;
+            T *grad_gate = static_cast<T*>(task.out) + t * 2 * F, *grad_up = grad_gate + F;
+            for (int64_t first = 0; first < F; first += kBlock) {
+                const int64_t count = F - first < kBlock ? F - first : kBlock;
+                alignas(64) T block[kBlock];
+                T* ups = task.stream ? block : grad_up + first;
+                write_row(grad_gate + first, count, task.stream, [&](int64_t i, int64_t n) {
+                    const pair g = load_ahead(gate + first + i, n), dy = load_ahead(grad + first + i, n);
+                    const pair s = both([&](vec v) { return formula.sigmoid(v); }, g), silu = g * s;
+                    store_pair(ups + i, dy * silu, n);
+                    return dy * load_ahead(up + first + i, n) * both([&](vec x, vec y) { return fma(x, one - y, y); }, silu, s);
+                });
+                if (task.stream) stream_copy(grad_up + first, block, count);
+            }
+        }
         if (task.stream) fence();
     }
 }

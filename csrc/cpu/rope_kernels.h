@@ -1,8 +1,8 @@
 // Rotary embedding by rows, into new rows or into a cache; the including file defines ISA.
 #pragma once
 
+#include "cpu/rows.h"
 #include "cpu/rowwise.h"
-#include "cpu/vec.h"
 
 namespace llava_fast {
 namespace ISA {
@@ -34,13 +34,22 @@ static inline void fetch(const T* x, int64_t n) {
     for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(x + i);
 }
 
-template <typename T>
-static void rotate_heads(const RopeRows& rows, int64_t t, const float* cos, const float* sin, void* out, int64_t d) {
+// write(x, out) for each head of row t, past the caches where `stream` asks for it.
+template <typename T, typename F>
+static inline __attribute__((always_inline)) void write_heads(const RopeRows& rows, int64_t t, T* out, int64_t d, bool stream,
+                                                              const F& write) {
     const T* x = static_cast<const T*>(rows.x) + t * rows.row_stride;
-    T* to = static_cast<T*>(out) + t * rows.heads * d;
-    for (int64_t h = 0; h < rows.heads; ++h) {
-        fetch(x + h * rows.head_stride + rows.row_stride, d);
-        rotate(x + h * rows.head_stride, cos, sin, to + h * d, d / 2);
+    alignas(64) T block[2 * kMostHeadDim];
+    const int64_t most = 2 * kMostHeadDim / d;  // heads in the block
+    for (int64_t first = 0; first < rows.heads; first += most) {
+        const int64_t count = rows.heads - first < most ? rows.heads - first : most;
+        T* to = stream ? block : out + first * d;
+        for (int64_t h = 0; h < count; ++h) {
+            const T* head = x + (first + h) * rows.head_stride;
+            fetch(head + rows.row_stride, d);
+            write(head, to + h * d);
+        }
+        if (stream) stream_copy(out + first * d, block, count * d);
     }
 }
 
@@ -67,10 +76,10 @@ static void put_scaled(float* values, const float* scale, DType dtype, void* out
     }
 }
 
+// Into a cache of another type, or with scales.
 template <typename T>
-static void write_cache(const RopeTask& task, int64_t t, const float* cos, const float* sin) {
-    const int64_t d = task.d, slot = task.slots[t];
-    if (slot < 0) return;
+static void convert_to_cache(const RopeTask& task, int64_t t, int64_t slot, const float* cos, const float* sin) {
+    const int64_t d = task.d;
     const T *k = static_cast<const T*>(task.k.x) + t * task.k.row_stride, *v = static_cast<const T*>(task.v.x) + t * task.v.row_stride;
     float values[kMostHeadDim];
     for (int64_t g = 0; g < task.k.heads; ++g) {
@@ -87,17 +96,27 @@ static void write_cache(const RopeTask& task, int64_t t, const float* cos, const
 template <typename T>
 static void rope(const RopeTask& task) {
     const int64_t d = task.d, half = d / 2;
-#pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
-    for (int64_t t = 0; t < task.T; ++t) {
-        float cos[kMostHeadDim / 2], sin[kMostHeadDim / 2];
-        widen_row(task.table_dtype, task.cos, t * half, cos, half, 1.0f);
-        widen_row(task.table_dtype, task.sin, t * half, sin, half, task.inverse ? -1.0f : 1.0f);
-        rotate_heads<T>(task.q, t, cos, sin, task.q_out, d);
-        if (task.v_out) {
-            write_cache<T>(task, t, cos, sin);
-        } else if (task.k.heads > 0) {
-            rotate_heads<T>(task.k, t, cos, sin, task.k_out, d);
+    const bool same = task.cache_dtype == task.dtype && !task.k_scale && !task.v_scale;
+#pragma omp parallel num_threads(task.threads) if (task.threads > 1)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t t = 0; t < task.T; ++t) {
+            float cos[kMostHeadDim / 2], sin[kMostHeadDim / 2];
+            widen_row(task.table_dtype, task.cos, t * half, cos, half, 1.0f);
+            widen_row(task.table_dtype, task.sin, t * half, sin, half, task.inverse ? -1.0f : 1.0f);
+            const auto rotated = [&](const T* x, T* out) { rotate(x, cos, sin, out, half); };
+            const auto copied = [&](const T* x, T* out) { std::memcpy(out, x, static_cast<size_t>(d) * sizeof(T)); };
+            write_heads(task.q, t, static_cast<T*>(task.q_out) + t * task.q.heads * d, d, task.stream, rotated);
+            const int64_t row = task.v_out ? task.slots[t] : t;
+            if (row < 0 || task.k.heads == 0) continue;
+            if (task.v_out && !same) {
+                convert_to_cache<T>(task, t, row, cos, sin);
+                continue;
+            }
+            write_heads(task.k, t, static_cast<T*>(task.k_out) + row * task.k.heads * d, d, task.stream, rotated);
+            if (task.v_out) write_heads(task.v, t, static_cast<T*>(task.v_out) + row * task.k.heads * d, d, task.stream, copied);
         }
+        if (task.stream) fence();
     }
 }
 

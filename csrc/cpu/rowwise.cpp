@@ -71,6 +71,8 @@ void rope(RopeTask task) {
                                         ", expected a row of the cache, 0 to " + std::to_string(task.cache_rows - 1) + ", or -1 for none");
         }
     }
+    task.stream = streams(task.dtype, task.q_out, task.T * task.q.heads, task.d) && reinterpret_cast<uintptr_t>(task.k_out) % 64 == 0 &&
+                  reinterpret_cast<uintptr_t>(task.v_out) % 64 == 0;
     LLAVA_FAST_CHOOSE(rope)(task);
 }
 

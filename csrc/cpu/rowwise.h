@@ -53,6 +53,7 @@ struct RopeTask {
     int64_t cache_rows;
     const int64_t* slots;            // [T] row of the cache; -1: none
     const float *k_scale, *v_scale;  // [G] or null; what is stored is the value divided by them
+    bool stream;                     // write around the caches
     int threads;
 };
 
