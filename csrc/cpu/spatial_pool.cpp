@@ -2,6 +2,8 @@
 #include "cpu/spatial_pool.h"
 
 #include <algorithm>
+#include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -125,7 +127,12 @@ void spatial_pool_backward(DType dtype, PoolMode mode, const PoolShape& s, const
     std::vector<int64_t> next(reader_start.begin(), reader_start.end() - 1);
     std::vector<PoolReader> readers(cells);
     for (int64_t i = 0; i < cells; ++i) readers[next[source[i]]++] = {i / (s.H * s.W), i / s.W % s.H, i % s.W};
+    const auto free = [](void* p) { ::operator delete(p, std::align_val_t(64)); };
+    const int64_t winners = mode == PoolMode::max ? s.K * s.out_H * s.out_W * padded(s.D) : 0;
+    const std::unique_ptr<void, decltype(free)> winner(
+        ::operator new(static_cast<size_t>(winners) * (dtype == DType::f64 ? 8 : 4), std::align_val_t(64)), free);
     PoolTask task = make_task(dtype, mode, s, y, x, grad_table, s.M, threads);
+    task.winner = winner.get();
     task.source = source;
     task.table = table;
     task.grad = grad;

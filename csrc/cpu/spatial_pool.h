@@ -25,6 +25,11 @@ struct PoolAxis {
     const double* inverse_weight;
 };
 
+// Columns of a row of whole registers.
+static inline int64_t padded(int64_t D) {
+    return (D + 31) / 32 * 32;
+}
+
 struct PoolReader {
     int64_t k, y, x;
 };
@@ -43,6 +48,7 @@ struct PoolTask {
     void* grad_table;             // [M, D]
     const int64_t* reader_start;  // [M + 1] cells that read each table row: a stable counting sort of source
     const PoolReader* readers;    // [K * H * W]
+    void* winner;                 // max: scratch [K * out_H * out_W, padded(D)], fp32 or, for fp64, fp64
     bool stream;                  // write around the caches
     int threads;
 };

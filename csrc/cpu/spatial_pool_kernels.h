@@ -65,6 +65,16 @@ static inline doubles choose(doubles value, doubles best, doubles a, doubles b) 
     return a;
 }
 
+// x where a is b, else 0.
+static inline pair where_equal(pair a, pair b, pair x) {
+    const vec zero = splat(0.0f);
+    return {a.a == b.a ? x.a : zero, a.b == b.b ? x.b : zero};
+}
+static inline doubles where_equal(doubles a, doubles b, doubles x) {
+    for (int64_t i = 0; i < kPair; ++i) x.x[i] = a.x[i] == b.x[i] ? x.x[i] : 0.0;
+    return x;
+}
+
 template <typename T>
 struct Accumulator {
     using type = float;
@@ -130,32 +140,44 @@ static void forward(const PoolTask& task) {
     }
 }
 
-// Adds `grad` of n columns to acc where the cell (k, y, x), which is `own` there, gave its window the maximum. The window's other cells are
-// read again: they are in the caches, and the numbers of the winners would be half as many bytes again as a bf16 table's, written and
-// read.
-template <typename T, typename A>
-static inline void add_chosen(const PoolTask& task, A* acc, PoolReader cell, const T* own, const T* grad, int64_t d, int64_t n) {
+// task.winner[r, d] = the tap that gave output row r its maximum, as a number of the accumulators' type, in the order of pairs of T.
+template <typename T>
+static void find_winners(const PoolTask& task) {
+    using A = typename Accumulator<T>::type;
     const PoolShape s = task.shape;
-    const int64_t wy = task.y.taps, wx = task.x.taps, tap = cell.y % wy * wx + cell.x % wx;
-    const auto zero = splat_pair(0.0, A());
-    alignas(64) A kept[kColumns];
-    update(kept, grad, n, [](auto, auto value) { return value; });
-    for (int64_t j = 0; j < wy * wx; ++j) {
-        if (j == tap) continue;
-        const int64_t y = cell.y / wy * wy + j / wx, x = cell.x / wx * wx + j % wx;
-        const T* other = static_cast<const T*>(task.table) + task.source[(cell.k * s.H + y) * s.W + x] * s.D + d;
-        each_pair(n, [&](int64_t i, int64_t m) {
-            const auto mine = load_pair(own + i, m), theirs = load_ahead(other + i, m), value = load_pair(kept + i);
-            store_pair(kept + i, j < tap ? choose(mine, theirs, value, zero) : choose(theirs, mine, zero, value));
-        });
+    const T* table = static_cast<const T*>(task.table);
+#pragma omp parallel num_threads(task.threads) if (task.threads > 1)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < s.K * s.out_H * s.out_W; ++r) {
+            const int64_t k = r / (s.out_H * s.out_W), oy = r / s.out_W % s.out_H, ox = r % s.out_W;
+            const int64_t* cells = task.source + k * s.H * s.W;
+            alignas(64) A best[kColumns], tap[kColumns];
+            for (int64_t d = 0; d < s.D; d += kColumns) {
+                const int64_t n = s.D - d < kColumns ? s.D - d : kColumns;
+                for (int64_t j = 0; j < task.y.taps * task.x.taps; ++j) {
+                    const int64_t y = oy * task.y.taps + j / task.x.taps, x = ox * task.x.taps + j % task.x.taps;
+                    const T* row = table + cells[y * s.W + x] * s.D + d;
+                    const auto number = splat_pair(static_cast<double>(j), A());
+                    each_pair(n, [&](int64_t i, int64_t m) {
+                        const auto value = load_ahead(row + i, m), old = j == 0 ? value : load_pair(best + i);
+                        store_pair(tap + i, j == 0 ? number : choose(value, old, number, load_pair(tap + i)));
+                        store_pair(best + i, choose(value, old, value, old));
+                    });
+                }
+                write_row(static_cast<A*>(task.winner) + r * padded(s.D) + d, padded(n), task.stream,
+                          [&](int64_t i, int64_t) { return load_pair(tap + i); });
+            }
+        }
+        if (task.stream) fence();
     }
-    for (int64_t i = 0; i < n; i += kPair) store_pair(acc + i, load_pair(acc + i) + load_pair(kept + i));
 }
 
 template <typename T>
 static void backward(const PoolTask& task) {
     using A = typename Accumulator<T>::type;
     const PoolShape s = task.shape;
+    if (task.mode == PoolMode::max) find_winners<T>(task);
 #pragma omp parallel num_threads(task.threads) if (task.threads > 1)
     {
 #pragma omp for schedule(static) nowait
@@ -168,7 +190,13 @@ static void backward(const PoolTask& task) {
                             const int64_t r = (cell.k * s.out_H + task.y.inverse_output[i]) * s.out_W + task.x.inverse_output[j];
                             const T* grad = static_cast<const T*>(task.grad) + r * s.D + d;
                             if (task.mode == PoolMode::max) {
-                                add_chosen(task, acc, cell, static_cast<const T*>(task.table) + m * s.D + d, grad, d, n);
+                                const A* winner = static_cast<const A*>(task.winner) + r * padded(s.D) + d;
+                                const auto tap =
+                                    splat_pair(static_cast<double>(cell.y % task.y.taps * task.x.taps + cell.x % task.x.taps), A());
+                                each_pair(n, [&](int64_t p, int64_t count) {
+                                    const auto value = where_equal(load_pair(winner + p), tap, load_ahead(grad + p, count));
+                                    store_pair(acc + p, load_pair(acc + p) + value);
+                                });
                             } else {
                                 const auto weight =
                                     splat_pair(static_cast<A>(task.y.inverse_weight[i]) * static_cast<A>(task.x.inverse_weight[j]), A());
