@@ -147,6 +147,29 @@ def test_cpu(types: tuple[str, str], heads: tuple[int, int], isa: str) -> None:
 
 
 @pytest.mark.parametrize("isa", _cpu.supported_isas())
+@pytest.mark.parametrize("rows", [1, 2, 5, 8])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_cpu_splits(stored: torch.dtype, rows: int, isa: str) -> None:
+    """Few rows against lengths around the borders of a thread's 64 keys: the error, and the same bits from any number of threads."""
+    lengths = [8, 15, 17, 63, 64, 65, 127, 128, 129, 320]
+    call = make([rows] * len(lengths), lengths, 4, 4, 72, 32, torch.float32, stored)
+    before, threads = _cpu.isa(), torch.get_num_threads()
+    _cpu.set_isa(isa)
+    try:
+        torch.set_num_threads(1)
+        alone = paged_attention(**call)
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(paged_attention(**call), alone)
+    finally:
+        torch.set_num_threads(threads)
+        _cpu.set_isa(before)
+    theirs, truth = paged_attention_reference(**call), paged_attention_reference(**{**call, "q_THd": call["q_THd"].double()})
+    allowed = 2 * (theirs.double() - truth).abs().max() + truth.abs().max() * torch.finfo(torch.float32).eps
+    assert (alone.double() - truth).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("isa", _cpu.supported_isas())
 def test_cpu_reads_every_fp8_value(isa: str) -> None:
     """One key: the output is its value."""
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).view(2, 128)

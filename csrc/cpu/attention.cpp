@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -119,14 +120,14 @@ void attention_forward(AttentionTask task, const AttentionIndex& index) {
     }
     for (const Piece& piece : pieces) work += 2.0 * piece.cost * static_cast<double>(task.d);
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
-    std::vector<float> partial(few_partial.back() * partial_size(task.d));
+    const std::unique_ptr<float[]> partial(new float[few_partial.back() * partial_size(task.d)]);  // a vector would write it twice
     task.sequences = sequences.data();
     task.pieces = pieces.data();
     task.piece_count = static_cast<int64_t>(pieces.size());
     task.few = few.data();
     task.few_partial = few_partial.data();
     task.few_count = static_cast<int64_t>(few.size());
-    task.partial = partial.data();
+    task.partial = partial.get();
     task.threads = useful_threads(work, task.threads);
     LLAVA_FAST_CHOOSE(attention_forward)(task);
 }

@@ -52,8 +52,7 @@ static void add_all_products(const float* weights, const float* rows, int64_t wi
 // order of `dots` it was up to 9 roundings from 1.
 static void few_dots(const float* keys, const GradBlock& block, int64_t n, int64_t width, float* scores) {
     for (int64_t j = 0; j < n; j += kWidth) {
-        const float* rows[kWidth];
-        for (int64_t k = 0; k < kWidth; ++k) rows[k] = keys + least(j + k, n - 1) * kStride;
+        const Widened rows{keys + j * kStride};  // those past n are anything, and so are their scores
         vec products[kWidth];
         for (int64_t i = 0; i < kWidth; ++i) products[i] = i < block.n ? dot_rows(rows, block.query_rows + i * width, width) : splat(0.0f);
         transpose(products);

@@ -120,52 +120,55 @@ static void forward_lanes(const AttentionTask& task, const Piece& piece, float* 
     }
 }
 
-// to[c] += sum_k weight[k] * rows[k][c] for columns [c, c + U * kWidth), the last of which may be cut off by d.
-template <int U, typename T>
-static inline void add_columns(const T* const* rows, const float* weight, int64_t n, int64_t c, int64_t d, float* to) {
-    constexpr int64_t kLine = kWidth * sizeof(float) / sizeof(T);
-    vec sum[U];
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) sum[u] = load(to + c + u * kWidth);
+// to[l][c] += sum_k weights[l][k] * values[k][c] for L lanes and columns [c, c + U * kWidth), the last of which may be cut off by d.
+template <int L, int U, typename Values>
+static inline void add_columns(const Values& values, const float* weights, int64_t c, int64_t d, float* to, int64_t size) {
+    constexpr int64_t kLine = kWidth * sizeof(float) / sizeof(*values[0]);
+    vec total[L][U];
+#pragma GCC unroll 8
+    for (int i = 0; i < L * U; ++i) total[i / U][i % U] = load(to + i / U * size + c + i % U * kWidth);
     const int64_t left = d - c - (U - 1) * kWidth;
-    for (int64_t k = 0; k < n; ++k) {
-        const vec w = splat(weight[k]);
-        for (int64_t u = 0; u < U * kWidth; u += kLine) __builtin_prefetch(reinterpret_cast<const char*>(rows[k] + c + u) + kAhead);
+    for (int64_t k = 0; k < kWidth; ++k) {
+        for (int64_t u = 0; u < U * kWidth; u += kLine) values.fetch(k, c + u);
 #pragma GCC unroll 4
         for (int u = 0; u < U; ++u) {
-            const T* from = rows[k] + c + u * kWidth;
-            sum[u] = fma(w, u == U - 1 && left < kWidth ? load(from, left) : load(from), sum[u]);
+            const auto* from = values[k] + c + u * kWidth;
+            const vec x = u == U - 1 && left < kWidth ? load(from, left) : load(from);
+#pragma GCC unroll 2
+            for (int l = 0; l < L; ++l) total[l][u] = fma(splat(weights[l * kChunk + k]), x, total[l][u]);
         }
     }
-#pragma GCC unroll 4
-    for (int u = 0; u < U; ++u) store(to + c + u * kWidth, sum[u]);
+#pragma GCC unroll 8
+    for (int i = 0; i < L * U; ++i) store(to + i / U * size + c + i % U * kWidth, total[i / U][i % U]);
 }
 
-template <typename T>
-static inline void add_rows(const T* const* rows, const float* weight, int64_t n, int64_t d, float* to) {
+template <int L, typename Values>
+static inline void add_rows(const Values& values, const float* weights, int64_t d, float* to, int64_t size) {
     int64_t c = 0;
-    for (; c + 3 * kWidth < d; c += 4 * kWidth) add_columns<4>(rows, weight, n, c, d, to);
-    for (; c < d; c += kWidth) add_columns<1>(rows, weight, n, c, d, to);
+    for (; c + 3 * kWidth < d; c += 4 * kWidth) add_columns<L, 4>(values, weights, c, d, to, size);
+    for (; c < d; c += kWidth) add_columns<L, 1>(values, weights, c, d, to, size);
 }
 
-// Rows of kWidth keys of head g; where several lanes read them they are widened once.
+// use(keys, their length) for kWidth keys of a head, which are widened where several lanes read them.
 template <typename T, typename F>
 static inline void with_rows(const T* const* rows, int64_t head, int64_t d, int64_t lanes, float* wide, F&& use) {
-    const T* from[kWidth];
-    for (int k = 0; k < kWidth; ++k) from[k] = rows[k] + head;
-    if (lanes == 1 || sizeof(T) == sizeof(float)) {
-        use(from);
+    InPlace<T> from;
+    for (int k = 0; k < kWidth; ++k) from.rows[k] = rows[k] + head;
+    if (lanes == 1) {
+        use(from, d);
         return;
     }
-    const float* widened[kWidth];
+    constexpr int64_t kLine = kWidth * sizeof(float) / sizeof(T);
+    const int64_t whole = d / kWidth * kWidth;
     for (int k = 0; k < kWidth; ++k) {
         float* to = wide + k * kStride;
-        widened[k] = to;
-        const int64_t whole = d / kWidth * kWidth;
-        for (int64_t c = 0; c < whole; c += kWidth) store(to + c, load(from[k] + c));
+        for (int64_t c = 0; c < whole; c += kWidth) {
+            if (c % kLine == 0) from.fetch(k, c);
+            store(to + c, load(from[k] + c));
+        }
         if (whole < d) store(to + whole, load(from[k] + whole, d - whole));
     }
-    use(widened);
+    use(Widened{wide}, up(d, kWidth));
 }
 
 template <typename E>
@@ -197,10 +200,10 @@ static void forward_keys(const AttentionTask& task, const Piece& piece, float* s
     for (int64_t j = 0; j < steps; ++j) {
         find(task.k, j);
         for (int64_t g = 0; g < G; ++g) {
-            with_rows(rows, g * task.k.head, d, lanes, wide, [&](auto from) {
+            with_rows(rows, g * task.k.head, d, lanes, wide, [&](const auto& keys, int64_t length) {
                 for (int64_t l = 0; l < lanes; ++l) {
                     float* to = scores + (g * lanes + l) * kChunk + j * kWidth;
-                    store(to, dot_rows(from, queries + (g * lanes + l) * size, d));
+                    store(to, dot_rows(keys, queries + (g * lanes + l) * size, length));
                     const int64_t seen = least(limit[l], n);
                     for (int64_t k = seen < n || n < steps * kWidth ? 0 : kWidth; k < kWidth; ++k) {
                         if (k * steps + j >= seen) to[k] = -3e38f;
@@ -226,11 +229,12 @@ static void forward_keys(const AttentionTask& task, const Piece& piece, float* s
     for (int64_t j = 0; j < steps; ++j) {
         find(task.v, j);
         for (int64_t g = 0; g < G; ++g) {
-            with_rows(rows, g * task.v.head, d, lanes, wide, [&](auto from) {
-                for (int64_t l = 0; l < lanes; ++l) {
-                    const int64_t i = g * lanes + l;
-                    add_rows(from, scores + i * kChunk + j * kWidth, kWidth, d, partial + i * size + 2);
+            with_rows(rows, g * task.v.head, d, lanes, wide, [&](const auto& values, int64_t length) {
+                int64_t i = g * lanes;
+                for (; i + 1 < (g + 1) * lanes; i += 2) {
+                    add_rows<2>(values, scores + i * kChunk + j * kWidth, length, partial + i * size + 2, size);
                 }
+                if (i < (g + 1) * lanes) add_rows<1>(values, scores + i * kChunk + j * kWidth, length, partial + i * size + 2, size);
             });
         }
     }

@@ -190,41 +190,50 @@ static inline void product(const float* a, const float* b, int64_t b_stride, int
 
 constexpr int64_t kAhead = 512;  // bytes of a row to fetch ahead (two threads, bf16: 17 GB/s without, 26 with, 22 with 1024)
 
-// Lane k of the result is the product of row k with q.
+// kWidth keys of one head, or as many values, where they lie; fetched ahead as they are read.
 template <typename T>
-static inline vec dot_rows(const T* const* rows, const float* q, int64_t d) {
-    vec sum[kWidth];
+struct InPlace {
+    const T* rows[kWidth];
+    const T* operator[](int64_t k) const { return rows[k]; }
+    void fetch(int64_t k, int64_t c) const { __builtin_prefetch(reinterpret_cast<const char*>(rows[k] + c) + kAhead); }
+};
+
+// The same in L1, kStride apart: an array of pointers is half of the loads then, and fetching ahead a third.
+struct Widened {
+    const float* first;
+    const float* operator[](int64_t k) const { return first + k * kStride; }
+    void fetch(int64_t, int64_t) const {}
+};
+
+// Lane k of the result is the product of keys[k] with q.
+template <typename Keys>
+static inline vec dot_rows(const Keys& keys, const float* q, int64_t d) {
+    vec dots[kWidth];
 #pragma GCC unroll 16
-    for (int k = 0; k < kWidth; ++k) sum[k] = splat(0.0f);
+    for (int k = 0; k < kWidth; ++k) dots[k] = splat(0.0f);
     const int64_t whole = d / kWidth * kWidth;
     // A cache line of a row at a time: rows a power of two apart share a set of L1, which would have dropped the line by the next turn.
-    constexpr int64_t kLine = kWidth * sizeof(float) / sizeof(T);
+    constexpr int64_t kLine = kWidth * sizeof(float) / sizeof(*keys[0]);
     int64_t c = 0;
     for (; c + kLine <= d; c += kLine) {
 #pragma GCC unroll 16
         for (int k = 0; k < kWidth; ++k) {
-            __builtin_prefetch(reinterpret_cast<const char*>(rows[k] + c) + kAhead);
+            keys.fetch(k, c);
 #pragma GCC unroll 4
-            for (int64_t u = 0; u < kLine; u += kWidth) sum[k] = fma(load(q + c + u), load(rows[k] + c + u), sum[k]);
+            for (int64_t u = 0; u < kLine; u += kWidth) dots[k] = fma(load(q + c + u), load(keys[k] + c + u), dots[k]);
         }
     }
     for (; c < whole; c += kWidth) {
         const vec x = load(q + c);
 #pragma GCC unroll 16
-        for (int k = 0; k < kWidth; ++k) sum[k] = fma(x, load(rows[k] + c), sum[k]);
+        for (int k = 0; k < kWidth; ++k) dots[k] = fma(x, load(keys[k] + c), dots[k]);
     }
     if (whole < d) {
         const vec x = load(q + whole);
 #pragma GCC unroll 16
-        for (int k = 0; k < kWidth; ++k) sum[k] = fma(x, load(rows[k] + whole, d - whole), sum[k]);
+        for (int k = 0; k < kWidth; ++k) dots[k] = fma(x, load(keys[k] + whole, d - whole), dots[k]);
     }
-    transpose(sum);
-#pragma GCC unroll 4
-    for (int step = kWidth / 2; step > 0; step /= 2) {
-#pragma GCC unroll 8
-        for (int k = 0; k < step; ++k) sum[k] = sum[k] + sum[k + step];
-    }
-    return sum[0];
+    return sums(dots);
 }
 
 // scores[j, lane] = key j . column `lane`, for n keys rounded up to kRows.

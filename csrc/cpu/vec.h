@@ -429,6 +429,40 @@ static inline void transpose(vec (&r)[kWidth]) {
     }
 }
 #endif
+// Lane k of the result is the sum of r[k]'s lanes: half of the shuffles of a transposition.
+static inline vec sums(vec (&r)[kWidth]) {
+#if defined(__AVX512F__)
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+        r[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(r[2 * i]), b = _mm512_castps_pd(r[2 * i + 1]);
+        r[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+#pragma GCC unroll 2
+    for (int n = 2; n > 0; n /= 2) {
+#pragma GCC unroll 2
+        for (int i = 0; i < n; ++i) {
+            r[i] = _mm512_add_ps(_mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x88), _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xdd));
+        }
+    }
+    return r[0];
+#elif defined(__AVX2__)
+#pragma GCC unroll 2
+    for (int n = 4; n > 1; n /= 2) {
+#pragma GCC unroll 4
+        for (int i = 0; i < n; ++i) r[i] = _mm256_hadd_ps(r[2 * i], r[2 * i + 1]);
+    }
+    return _mm256_add_ps(_mm256_permute2f128_ps(r[0], r[1], 0x20), _mm256_permute2f128_ps(r[0], r[1], 0x31));
+#else
+    vec out;
+    for (int k = 0; k < kWidth; ++k) out[k] = sum(r[k]);
+    return out;
+#endif
+}
+
 // x as it would come back from memory that holds it as T.
 template <typename T>
 static inline vec rounded(vec x) {
