@@ -120,14 +120,17 @@ void attention_forward(AttentionTask task, const AttentionIndex& index) {
     }
     for (const Piece& piece : pieces) work += 2.0 * piece.cost * static_cast<double>(task.d);
     std::stable_sort(pieces.begin(), pieces.end(), [](const Piece& a, const Piece& b) { return a.cost > b.cost; });
-    const std::unique_ptr<float[]> partial(new float[few_partial.back() * partial_size(task.d)]);  // a vector would write it twice
+    struct alignas(64) Line {
+        float floats[16];
+    };
+    const std::unique_ptr<Line[]> partial(new Line[few_partial.back() * partial_size(task.d) / 16]);  // a vector would write it twice
     task.sequences = sequences.data();
     task.pieces = pieces.data();
     task.piece_count = static_cast<int64_t>(pieces.size());
     task.few = few.data();
     task.few_partial = few_partial.data();
     task.few_count = static_cast<int64_t>(few.size());
-    task.partial = partial.get();
+    task.partial = reinterpret_cast<float*>(partial.get());
     task.threads = useful_threads(work, task.threads);
     LLAVA_FAST_CHOOSE(attention_forward)(task);
 }

@@ -79,9 +79,9 @@ struct AttentionIndex {
     int64_t blocks, cache_blocks;
 };
 
-// Floats of a partial result: the largest score, the sum, and d rounded up to whole registers.
+// Floats of a partial result: d rounded up to whole registers, and a cache line that ends with the largest score and the sum.
 static inline int64_t partial_size(int64_t d) {
-    return 2 + (d + 15) / 16 * 16;
+    return (d + 15) / 16 * 16 + 16;
 }
 
 void attention_forward_portable(const AttentionTask& task);

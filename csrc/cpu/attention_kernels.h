@@ -223,8 +223,8 @@ static void forward_keys(const AttentionTask& task, const Piece& piece, float* s
         }
         float part[kWidth];
         store(part, top);
-        partial[i * size] = part[0];
-        partial[i * size + 1] = sum(total);
+        partial[(i + 1) * size - 2] = part[0];
+        partial[(i + 1) * size - 1] = sum(total);
     }
     for (int64_t j = 0; j < steps; ++j) {
         find(task.v, j);
@@ -232,9 +232,9 @@ static void forward_keys(const AttentionTask& task, const Piece& piece, float* s
             with_rows(rows, g * task.v.head, d, lanes, wide, [&](const auto& values, int64_t length) {
                 int64_t i = g * lanes;
                 for (; i + 1 < (g + 1) * lanes; i += 2) {
-                    add_rows<2>(values, scores + i * kChunk + j * kWidth, length, partial + i * size + 2, size);
+                    add_rows<2>(values, scores + i * kChunk + j * kWidth, length, partial + i * size, size);
                 }
-                if (i < (g + 1) * lanes) add_rows<1>(values, scores + i * kChunk + j * kWidth, length, partial + i * size + 2, size);
+                if (i < (g + 1) * lanes) add_rows<1>(values, scores + i * kChunk + j * kWidth, length, partial + i * size, size);
             });
         }
     }
@@ -250,13 +250,13 @@ static void join(const AttentionTask& task, int64_t few, int64_t g, float* out) 
         const float* first = task.partial + (task.few_partial[few] + g * lanes + l) * size;
         const int64_t step = task.G * lanes * size;
         float top = -1e30f, total = 0.0f;
-        for (int64_t p = 0; p < parts; ++p) top = first[p * step] > top ? first[p * step] : top;
+        for (int64_t p = 0; p < parts; ++p) top = first[p * step + size - 2] > top ? first[p * step + size - 2] : top;
         for (int64_t c = 0; c < size; ++c) out[c] = 0.0f;
         for (int64_t p = 0; p < parts; ++p) {
             float factor[kWidth];
-            store(factor, exp_negative(splat(first[p * step] - top)));
-            total += factor[0] * first[p * step + 1];
-            for (int64_t c = 0; c < d; ++c) out[c] += factor[0] * first[p * step + 2 + c];
+            store(factor, exp_negative(splat(first[p * step + size - 2] - top)));
+            total += factor[0] * first[p * step + size - 1];
+            for (int64_t c = 0; c < d; ++c) out[c] += factor[0] * first[p * step + c];
         }
         const float inverse = total == 0.0f ? 0.0f : scale / total;
         LLAVA_FAST_BY_TYPE(task.out.type, T* to = const_cast<T*>(lane_row<T>(task, seq, task.out, g, l));
