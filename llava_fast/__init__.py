@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llava_fast.api import LlavaFast, generate, load
+    from llava_fast.engine.engine import Engine
     from llava_fast.requests import Completion, InputOptions, Request, SamplingParams
     from llava_fast.training.config import TrainConfig
     from llava_fast.training.loop import TrainResult, train
@@ -24,6 +25,7 @@ _HOME = {
     "LlavaFast": "api",
     "generate": "api",
     "load": "api",
+    "Engine": "engine.engine",
     "Completion": "requests",
     "InputOptions": "requests",
     "Request": "requests",
@@ -34,6 +36,7 @@ _HOME = {
 }
 __all__ = [
     "Completion",
+    "Engine",
     "InputOptions",
     "LlavaFast",
     "Request",

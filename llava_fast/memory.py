@@ -50,3 +50,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     except OSError:  # a kernel without them
         pass
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory of a GPU; of the machine what can be had without swapping (Linux; elsewhere half of what there is)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -124,7 +124,7 @@ class Request:
 
 @dataclass
 class Completion:
-    """One answer. finish_reason: 'stop' (a stop token or string), 'length', or 'error' with the message in `error`.
+    """One answer. finish_reason: 'stop' (a stop token or string), 'length', 'cancelled', or 'error' with the message in `error`.
 
     logprobs: float per token where asked for.  timings, in seconds: preprocess, first_token, total.
     request: the place of the request in the call.  index: which of its `n` completions this is.
@@ -132,7 +132,7 @@ class Completion:
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: Literal["stop", "length", "error"] | None = None
+    finish_reason: Literal["stop", "length", "error", "cancelled"] | None = None
     error: str | None = None
     prompt_tokens: int = 0
     visual_tokens: int = 0

@@ -12,7 +12,6 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 import llava_fast as lf
-from llava_fast.engine.generate import run
 from llava_fast.engine.text import TextStream
 
 
@@ -102,8 +101,6 @@ def test_samples_share_their_prompt(checkpoints):
     assert [c.index for c in several] == [0, 1, 2] and len({c.text for c in several}) == 3
     alone = lf.generate(model, request, temperature=1.2, seed=9, max_new_tokens=12)
     assert several[0].token_ids == alone.token_ids
-    told = [found for _, found in run(model, [request], lf.SamplingParams(n=3, max_new_tokens=4), lf.InputOptions(), True) if found]
-    assert len(told) == 1 and len(told[0]) == 3  # all of them end at one step, and are told of once
     with pytest.raises(ValueError, match="stream=True takes n=1, but request 0 asks for n=3"):
         lf.generate(model, request, n=3, stream=True)
 
@@ -122,47 +119,6 @@ def test_neighbours_change_nothing(checkpoints):
     together = lf.generate(model, requests)
     for request, completion in zip(requests, together, strict=True):
         assert lf.generate(model, request).token_ids == completion.token_ids
-
-
-def test_packs_under_a_row_budget(checkpoints, monkeypatch):
-    from llava_fast.engine import generate as engine
-
-    model = lf.load(checkpoints["qwen_untied"], dtype=torch.float64)
-    requests = ["What?" * (i + 1) for i in range(6)]
-    whole = lf.generate(model, requests, max_new_tokens=10)
-    packs = []
-    monkeypatch.setattr(engine, "MAX_ROWS", 40)
-    original = engine._run_pack
-    monkeypatch.setattr(engine, "_run_pack", lambda model, jobs, begun: packs.append(len(jobs)) or original(model, jobs, begun))
-    assert [c.token_ids for c in lf.generate(model, requests, max_new_tokens=10)] == [c.token_ids for c in whole]
-    assert len(packs) > 2
-
-
-def test_priorities_and_deadlines(checkpoints, monkeypatch):
-    from llava_fast.engine import generate as engine
-
-    model = lf.load(checkpoints["qwen"])
-    monkeypatch.setattr(engine, "MAX_ROWS", 1)
-    requests = [lf.Request("a"), lf.Request("b", priority=5), lf.Request("c", priority=1), lf.Request("d", deadline=0.0)]
-    order = [index for index, _, finish in lf.generate(model, requests, stream=True, max_new_tokens=3) if finish]
-    assert [index for index in order if index != 3] == [1, 2, 0]
-    late = lf.generate(model, requests, max_new_tokens=3)[3]
-    assert late.finish_reason == "error" and "deadline of 0.0 s" in late.error
-
-
-def test_a_deadline_in_the_middle(checkpoints, monkeypatch):
-    """What there is comes back, marked as an error; in a stream the last delta is the message."""
-    from llava_fast.engine import generate as engine
-
-    model = lf.load(checkpoints["qwen_untied"])
-    monkeypatch.setattr(engine, "_expired", lambda request, begun: request.deadline is not None and next(ticks) > 4)
-    request = lf.Request("What?", deadline=1.0)
-    ticks = iter(range(100))
-    completion = lf.generate(model, request, max_new_tokens=50)
-    assert completion.finish_reason == "error" and "deadline of 1.0 s passed" in completion.error and 0 < len(completion.token_ids) < 9
-    ticks = iter(range(100))
-    *_, (index, delta, finish) = lf.generate(model, request, max_new_tokens=50, stream=True)
-    assert (index, delta, finish) == (0, completion.error, "error")
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llava_fast.batch import IGNORE, Layout, PackedBatch, Sample, pack
-from llava_fast.engine.decode import Sequence, decode, make_generator
+from llava_fast.engine.engine import Engine
+from llava_fast.engine.sampling import stream_seed
+from llava_fast.engine.sequence import Prompt
 from llava_fast.requests import SamplingParams
 
 
@@ -182,15 +184,21 @@ def generate(
     pad = chosen["pad_token_id"] if chosen["pad_token_id"] is not None else (eos_ids[0] if eos_ids else 0)
 
     n = chosen["num_return_sequences"]
-    sequences = []
-    for b in range(B):
-        prompt = [] if input_ids is None else input_ids[b].tolist()
-        for i in range(n):
-            sequence = Sequence(b, lengths[b], prompt, params, min(max_new, limit - lengths[b]))
-            sequence.generator = make_generator(params.seed, b * n + i, model.device)
-            sequences.append(sequence)
-    for _ in decode(model, batch, sequences, eos_ids, embeds):
-        pass
-    longest = max(len(sequence.tokens) for sequence in sequences)
-    new = torch.tensor([sequence.tokens + [pad] * (longest - len(sequence.tokens)) for sequence in sequences], device=given.device)
+    whole = model.embed(batch) if embeds is None else embeds
+    prompts = [
+        Prompt.of_embeddings(rows_TD, [] if input_ids is None else input_ids[b].tolist(), name=str(b).encode())
+        for b, rows_TD in enumerate(whole.split(lengths))
+    ]
+    with Engine(model, prefix_cache=False) as engine:
+        handles = []
+        for b, prompt in enumerate(prompts):
+            seed = None if params.seed is None else stream_seed(params.seed, b * n)  # rows draw each for itself
+            handles.append(engine.submit_prompt(prompt, dataclasses.replace(params, n=n, seed=seed), eos_ids))
+        answers = [completion for handle in handles for completion in handle.result()]
+    failed = [answer.error for answer in answers if answer.error is not None]
+    if failed:
+        raise RuntimeError(failed[0])
+    new_ids = [answer.token_ids for answer in answers]
+    longest = max(map(len, new_ids))
+    new = torch.tensor([ids + [pad] * (longest - len(ids)) for ids in new_ids], device=given.device)
     return new if input_ids is None else torch.cat([input_ids.repeat_interleave(n, 0), new], dim=1)

@@ -1,64 +1,86 @@
-"""From logits to the next token of each sequence.
+"""The next token of each row, on the device.
 
-The order is that of transformers' processors: repetition penalty, minimum length, temperature, top-k, top-p, min-p.
-Shape letters: S sequences, V vocabulary.
+Shape letters: R rows, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence as List
-
 import torch
 from torch import Tensor
 
-from llava_fast.requests import SamplingParams
+from llava_fast.engine.scheduler import Work
+from llava_fast.engine.sequence import Sequence
+from llava_fast.kernels.sampling import sample
 
 
-def penalise(logits_V: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Divide positive and multiply negative logits of the token ids in `seen` (int64) by `penalty`, of arXiv 1909.05858."""
-    score = logits_V[seen]
-    return logits_V.index_copy(0, seen, torch.where(score < 0, score * penalty, score / penalty))
+def stream_seed(seed: int, index: int) -> int:
+    """The seed of sample `index` of a request, so that each draws for itself; in int64."""
+    return (seed + 0x9E3779B97F4A7C15 * index) % 2**63
 
 
-def warp(logits_V: Tensor, params: SamplingParams) -> Tensor:
-    """Temperature, then all but the top-k, the top-p nucleus and what min-p keeps set to -inf. fp32 in and out."""
-    logits_V = logits_V / params.temperature
-    if 0 < params.top_k < logits_V.shape[0]:
-        smallest = logits_V.topk(params.top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < smallest, -torch.inf)
-    if params.top_p < 1:
-        ascending, order = logits_V.sort(stable=True)  # of equal logits the first go first
-        out = ascending.softmax(-1).cumsum(-1) <= 1 - params.top_p
-        out[-1] = False  # the most likely token always stays
-        logits_V = logits_V.masked_fill(torch.empty_like(out).scatter_(0, order, out), -torch.inf)
-    if params.min_p > 0:
-        probabilities = logits_V.softmax(-1)
-        logits_V = logits_V.masked_fill(probabilities < params.min_p * probabilities.max(), -torch.inf)
-    return logits_V
+def needs_history(sequence: Sequence) -> bool:
+    """Whether the choice depends on the tokens before: the host has to know them."""
+    return sequence.params.repetition_penalty != 1
 
 
-def choose(
-    logits_SV: Tensor,
-    params: List[SamplingParams],
-    histories: List[tuple[List[int], List[int]]],
-    generators: List[torch.Generator | None],
-    eos_ids: Tensor,
-) -> Tensor:
-    """The next token id of each sequence, int64 [S].
+class Sampler:
+    def __init__(self, vocab_size: int, device: torch.device):
+        self.vocab_size, self.device = vocab_size, device
 
-    histories: the ids of the prompt and the new ones.  generators: one for each sequence with a seed, so that its draws do
-    not depend on its neighbours.  eos_ids: int64, the stop tokens.
-    """
-    picks = logits_SV.argmax(-1)
-    for s, p in enumerate(params):
-        prompt, new = histories[s]
-        shortened = len(new) < p.min_new_tokens and eos_ids.numel() > 0
-        if p.temperature == 0 and p.repetition_penalty == 1 and not shortened:
-            continue
-        row = logits_SV[s]
-        if p.repetition_penalty != 1:
-            row = penalise(row, torch.tensor(sorted({*prompt, *new}), dtype=torch.int64, device=row.device), p.repetition_penalty)
-        if shortened:
-            row = row.index_fill(0, eos_ids, -torch.inf)
-        picks[s] = row.argmax() if p.temperature == 0 else torch.multinomial(warp(row, p).softmax(-1), 1, generator=generators[s])[0]
-    return picks
+    def _rows(self, values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
+        rows = torch.tensor(values, dtype=dtype)
+        return rows if self.device.type == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
+
+    def __call__(self, logits_RV: Tensor, works: list[Work]) -> Tensor:
+        """fp64 [2, R]: tokens, and their log-probabilities under the model where a sequence asks (else 0). Rows: 1 + its draft a work.
+
+        A row's token depends on its logits, its sequence's settings and seed, and how many tokens came before.
+        """
+        sequences = [work.sequence for work in works for _ in range(1 + len(work.draft))]
+        # What was drafted is not counted: drafts are for sequences without a minimum left, a temperature or a penalty.
+        before = [sequence.produced - 1 for sequence in sequences]
+        picked = logits_RV
+        short = [r for r, s in enumerate(sequences) if before[r] < s.params.min_new_tokens and s.eos_ids]
+        if short:
+            picked = logits_RV.clone()
+            for r in short:
+                picked[r].index_fill_(0, self._rows(list(sequences[r].eos_ids), torch.int64), -torch.inf)
+        params = [sequence.params for sequence in sequences]
+        if all(p.temperature == 0 and p.repetition_penalty == 1 for p in params):
+            tokens = picked.argmax(-1)
+        else:
+            drawn = [r for r, p in enumerate(params) if p.temperature > 0 or p.repetition_penalty != 1]
+            rows = self._rows(drawn, torch.int64)
+            tokens = picked.argmax(-1) if len(drawn) < len(params) else torch.empty(len(params), dtype=torch.int64, device=self.device)
+            tokens[rows] = self._draw(picked[rows], [sequences[r] for r in drawn], [before[r] for r in drawn])
+        values = torch.zeros(2, len(params), dtype=torch.float64, device=self.device)
+        values[0] = tokens
+        if any(p.logprobs for p in params):
+            values[1] = logits_RV.gather(1, tokens[:, None])[:, 0] - logits_RV.logsumexp(-1)
+        return values
+
+    def _draw(self, logits_RV: Tensor, sequences: list[Sequence], before: list[int]) -> Tensor:
+        params = [sequence.params for sequence in sequences]
+
+        def given(values: list, dtype: torch.dtype, off: float) -> Tensor | None:
+            return self._rows(values, dtype) if any(value != off for value in values) else None
+
+        penalty = given([p.repetition_penalty for p in params], torch.float32, 1.0)
+        return sample(
+            logits_RV.float(),
+            temperature=self._rows([p.temperature for p in params], torch.float32),
+            seeds=self._rows([sequence.seed for sequence in sequences], torch.int64),
+            steps=self._rows(before, torch.int64),
+            top_k=given([p.top_k for p in params], torch.int64, 0),
+            top_p=given([p.top_p for p in params], torch.float64, 1.0),
+            min_p=given([p.min_p for p in params], torch.float64, 0.0),
+            repetition_penalty=penalty,
+            counts=None if penalty is None else torch.stack([self._seen(sequence) for sequence in sequences]),
+        )
+
+    def _seen(self, sequence: Sequence) -> Tensor:
+        """int32 [V]: how often each token is in the prompt and the answer."""
+        if sequence.seen is None:
+            ids = torch.tensor([*sequence.prompt.text_ids, *sequence.tokens], dtype=torch.int64)
+            sequence.seen = ids.bincount(minlength=self.vocab_size).int().to(self.device)
+        return sequence.seen

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class TextStream:
-    """Decodes one sequence. `text` is what is settled; after `stopped` nothing is added."""
+    """Decodes one sequence, to nothing without a tokenizer. `text` is what is settled; after `stopped` nothing is added."""
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
         self.tokenizer = tokenizer
@@ -20,14 +20,14 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that became certain."""
-        if self.stopped:
+        if self.stopped or self.tokenizer is None:
             return ""
         self._ids.append(token)
         return self._release(self._decode_new(final=False), final=False)
 
     def finish(self) -> str:
         """The end: returns what was held back."""
-        return "" if self.stopped else self._release(self._decode_new(final=True), final=True)
+        return "" if self.stopped or self.tokenizer is None else self._release(self._decode_new(final=True), final=True)
 
     def _decode(self, start: int, end: int) -> str:
         return self.tokenizer.decode(self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llava_fast.config import DecoderConfig
 from llava_fast.kernels.activation import swiglu
+from llava_fast.kernels.paged_attention import paged_attention
 from llava_fast.kernels.rope import rope, rope_into_cache, rope_qk, rope_tables
 from llava_fast.kernels.varlen_attention import varlen_attention
 from llava_fast.models.layers import Linear, RMSNorm, join, joined_linear
@@ -21,26 +22,26 @@ from llava_fast.models.layers import Linear, RMSNorm, join, joined_linear
 
 @dataclass
 class KVCache:
-    """Keys and values of every layer, [layers, rows, G, d]; sequence s owns rows starts[s] : starts[s + 1].
+    """Keys and values of every layer in pages, [layers, B, page, G, d], and where the rows of a step go and look.
 
-    slots: int64 [T], the rows that this step's keys go to.  used: int32 [S], rows filled once they are written.
+    block_table: int32 [S, blocks], the pages of each sequence in order.  slots: int64 [T], the row (block * page + offset) that each row's
+    key and value are written to.  lengths: int32 [S], the keys of each sequence once they are written, this step's among them.
     """
 
     k: Tensor
     v: Tensor
-    starts: Tensor
+    block_table: Tensor
     slots: Tensor
-    used: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
 class Queries:
-    """Which rows ask, and what they may see: the arguments of varlen_attention, made once a step and shared by all layers."""
+    """Which rows ask, and what they may see: made once a step and shared by all layers. With a cache, cu_seqlens_q alone is read."""
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     q_index: Tensor | None
-    seqused_k: Tensor | None
     prefix: Tensor | None
 
 
@@ -95,21 +96,13 @@ class Attention(nn.Module):
             else:
                 rope_into_cache(k[:, :0], k, v, cos, sin, cached_k, cached_v, state.slots)
                 q = rope(q, cos[needed_R], sin[needed_R])
-            k, v = cached_k, cached_v
-        elif needed_R is None:
+            out = paged_attention(q, cached_k, cached_v, state.block_table, queries.cu_seqlens_q, state.lengths)
+            return self.o_proj(out.flatten(-2))
+        if needed_R is None:
             q, k = rope_qk(q, k, cos, sin)
         else:
             q, k = rope(q, cos[needed_R], sin[needed_R]), rope(k, cos, sin)
-        out = varlen_attention(
-            q,
-            k,
-            v,
-            queries.cu_seqlens_q,
-            queries.cu_seqlens_k,
-            q_index=queries.q_index,
-            seqused_k=queries.seqused_k,
-            prefix=queries.prefix,
-        )
+        out = varlen_attention(q, k, v, queries.cu_seqlens_q, queries.cu_seqlens_k, q_index=queries.q_index, prefix=queries.prefix)
         return self.o_proj(out.flatten(-2))
 
 
@@ -184,6 +177,7 @@ class Decoder(nn.Module):
         """Normalised last hidden states [R, D] of the needed rows (all T where needed_R, sorted, is None).
 
         The last layer works on the needed rows alone, save its keys and values; the result is that of working on all.
+        With a cache, the rows of a sequence follow what the cache holds of it, and the needed ones are its last.
         """
         return self.run(x_TD, self.tables(positions_T, x_TD.dtype), cu_seqlens, prefix, needed_R, cache)
 
@@ -203,10 +197,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
     ) -> Tensor:
         """`forward`, with the rows' cos and sin in place of their positions."""
-        if cache is None:
-            queries = Queries(cu_seqlens, cu_seqlens, None, None, prefix)
-        else:
-            queries = Queries(cu_seqlens, cache.starts, None, cache.used, prefix)
+        queries = Queries(cu_seqlens, cu_seqlens, None, prefix)
         last = queries if needed_R is None else _narrow(queries, cu_seqlens, needed_R)
         residual_TD: Tensor | None = None
         for i, layer in enumerate(self.layers):
@@ -221,4 +212,4 @@ def _narrow(queries: Queries, cu_seqlens: Tensor, needed_R: Tensor) -> Queries:
     """The same sequences asked by a sorted subset of their rows."""
     bounds = torch.searchsorted(needed_R, cu_seqlens.to(needed_R.dtype)).to(torch.int32)
     sequence = torch.searchsorted(cu_seqlens[1:].to(needed_R.dtype), needed_R, right=True)
-    return Queries(bounds, queries.cu_seqlens_k, needed_R - cu_seqlens[sequence], queries.seqused_k, queries.prefix)
+    return Queries(bounds, queries.cu_seqlens_k, needed_R - cu_seqlens[sequence], queries.prefix)

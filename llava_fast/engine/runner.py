@@ -1,0 +1,262 @@
+"""One step on the device: pictures to rows, rows through the decoder, last rows to tokens.
+
+Shape letters: T rows of a step, S sequences, R rows whose output is read, V vocabulary, D width, B blocks, G key-value heads, d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_fast import memory
+from llava_fast.batch import Sample, pack
+from llava_fast.engine.features import FeatureCache
+from llava_fast.engine.replay import Replay
+from llava_fast.engine.sampling import Sampler
+from llava_fast.engine.scheduler import Plan, Work
+from llava_fast.engine.sequence import Picture
+from llava_fast.models.decoder import KVCache
+from llava_fast.models.llava import Llava
+
+RECORDED = 32  # numbers of decoding sequences whose steps are kept, on the CPU
+
+
+class StageError(RuntimeError):
+    """What went wrong, and in which stage of a step."""
+
+
+@contextmanager
+def stage(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise StageError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+@dataclass
+class Result:
+    """Of a step under way. `wait` gives the tokens and log-probabilities of its sampled rows, in the order of its works."""
+
+    works: list[Work]
+    values: list[Tensor]  # fp64 [2, R] each, on the host once `ready` is
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> tuple[list[int], list[float]]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        tokens, logprobs = torch.cat([torch.empty(2, 0, dtype=torch.float64), *self.values], dim=1)
+        return tokens.long().tolist(), logprobs.tolist()
+
+    @staticmethod
+    def join(results: list[Result]) -> Result | None:
+        """Of steps launched one after the other; None of none."""
+        if not results:
+            return None
+        return Result([w for r in results for w in r.works], [v for r in results for v in r.values], results[-1].ready)
+
+
+class Runner:
+    """Owns the cache of keys and values, [layers, B + 1, page, G, d]; block B takes what a captured step writes for nobody."""
+
+    def __init__(self, model: Llava, blocks: int, page: int, dtype: torch.dtype, max_running: int, max_positions: int, graphs: bool):
+        c, device = model.config.decoder, model.device
+        self.model, self.page, self.device, self.blocks = model, page, device, blocks
+        shape = (c.layers, blocks + 1, page, c.kv_heads, c.head_dim)
+        self.k, self.v = (memory.empty(shape, dtype, device) for _ in range(2))
+        self.width = -(-max_positions // page)  # of a block table
+        self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
+        self.sampler = Sampler(model.config.decoder.vocab_size, device)
+        self.weights = [parameter.data for parameter in model.parameters()]  # a recorded step holds addresses
+        self.graphs = graphs and device.type == "cuda"
+        self._steps: dict[int, DecodeStep] = {}
+        if self.graphs:  # the largest first: the others live in its memory
+            pool = None
+            for size in reversed(buckets(max_running)):
+                self._steps[size] = step = DecodeStep(self, size)
+                pool = step.capture(pool)
+
+    # -- pictures
+
+    def encode(self, pictures: list[Picture], missing: list[Picture], features: FeatureCache) -> None:
+        """Run the tower and the projector over the views of `missing` at once; they get their rows, so do `pictures` that are like them."""
+        if not missing:
+            return
+        samples, views = [], []
+        for picture in missing:
+            assert picture.visual is not None and picture.views is not None
+            samples.append(Sample(np.zeros(picture.tokens, dtype=np.int64), (picture.visual,), (0,)))
+            views.append(picture.views)
+        with stage("the vision tower"):
+            batch = pack(samples, torch.cat(views), needed="last").to(self.device)
+            assert batch.views is not None and batch.layout is not None
+            rows = self.model.multi_modal_projector(self.model.features(batch.views), batch.layout, self.model.image_newline)
+        made = {}
+        for picture, own in zip(missing, rows.split([picture.tokens for picture in missing]), strict=True):
+            made[picture.key] = own.clone() if len(missing) > 1 else own  # storage of its own
+            features.put(picture.key, made[picture.key])
+        for picture in pictures:
+            picture.rows = made.get(picture.key, picture.rows)
+
+    # -- steps
+
+    def run(self, plan: Plan) -> Result:
+        """Launch a step. Its pictures have their rows."""
+        works = plan.works
+        with stage("the decoder"):
+            logits, slots = self._decode(works) if all(work.repeats for work in works) else self._mixed(works)
+        if logits is None:
+            return Result(works, [])
+        with stage("sampling"):
+            sampled = [work for work in works if work.samples]
+            values = self.sampler(logits, sampled)
+            if all(not work.draft for work in sampled):
+                self.last_tokens[slots] = values[0].long()
+        return self._to_host(works, values)
+
+    def _to_host(self, works: list[Work], values: Tensor) -> Result:
+        if self.device.type == "cpu":
+            return Result(works, [values])
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Result(works, [host], ready)
+
+    def _upload(self, arrays: list[np.ndarray]) -> list[Tensor]:
+        """int64 arrays to the device in one copy."""
+        whole = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
+        if self.device.type != "cpu":
+            whole = whole.pin_memory().to(self.device, non_blocking=True)
+        parts = whole.split([array.size for array in arrays])
+        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+    def _table(self, works: list[Work], width: int) -> np.ndarray:
+        table = np.zeros((len(works), width), dtype=np.int64)
+        for s, work in enumerate(works):
+            table[s, : len(work.sequence.blocks)] = work.sequence.blocks
+        return table
+
+    def _mixed(self, works: list[Work]) -> tuple[Tensor | None, Tensor]:
+        """Prompts in chunks and decoding sequences in one pack: logits [R, V] and the slots of the sequences that sample."""
+        counts = np.array([work.last - work.first + len(work.draft) for work in works])
+        bounds = np.concatenate([[0], counts.cumsum()])
+        ids = np.concatenate([np.concatenate([work.sequence.ids(work.first, work.last), work.draft]) for work in works]).astype(np.int64)
+        positions = np.concatenate([np.arange(work.first, work.first + n) for work, n in zip(works, counts, strict=True)])
+        table = self._table(works, max(len(work.sequence.blocks) for work in works))
+        slots = np.repeat(np.arange(len(works)), counts)
+        slots = table[slots, positions // self.page] * self.page + positions % self.page
+        lengths = np.array([work.first for work in works]) + counts
+        needed = [np.arange(bounds[s + 1] - 1 - len(work.draft), bounds[s + 1]) for s, work in enumerate(works) if work.samples]
+        needed_rows = np.concatenate(needed) if needed else np.empty(0, dtype=np.int64)
+        unknown = np.flatnonzero(ids < 0)
+        owners = np.searchsorted(bounds, unknown, side="right") - 1
+        unknown_slots = np.array([works[s].sequence.slot for s in owners], dtype=np.int64)
+        sampled_slots = np.array([work.sequence.slot for work in works if work.samples], dtype=np.int64)
+        arrays = [ids, positions, table, slots, lengths, bounds, needed_rows, unknown, unknown_slots, sampled_slots]
+        ids_T, positions_T, table_SB, slots_T, lengths_S, bounds_S, needed_R, unknown_U, from_U, into = self._upload(arrays)
+
+        if len(unknown):
+            ids_T = ids_T.index_put((unknown_U,), self.last_tokens[from_U])
+        x_TD = self.model.language_model.embed_tokens.weight[ids_T].to(self.model.compute_dtype)
+        for s, work in enumerate(works):
+            for picture in work.sequence.prompt.pictures:
+                first, last = max(picture.first, work.first), min(picture.first + picture.tokens, work.last)
+                if first < last:
+                    assert picture.rows is not None
+                    row = int(bounds[s]) - work.first
+                    x_TD[row + first : row + last] = picture.rows[first - picture.first : last - picture.first]
+        cache = KVCache(self.k, self.v, table_SB.int(), slots_T, lengths_S.int())
+        narrow = None if len(needed_rows) == len(ids) else needed_R
+        hidden = self.model.language_model(x_TD, positions_T, bounds_S.int(), needed_R=narrow, cache=cache)
+        return (self.model.logits(hidden) if len(needed_rows) else None), into
+
+    def _decode(self, works: list[Work]) -> tuple[Tensor | None, Tensor]:
+        """One row for each of the sequences: a step that is recorded (captured, on a GPU) once for their number, and repeated."""
+        count = len(works)
+        size = next((size for size in sorted(self._steps) if size >= count), count) if self.graphs else count
+        if size not in self._steps:
+            if len(self._steps) >= RECORDED:
+                del self._steps[next(iter(self._steps))]
+            self._steps[size] = DecodeStep(self, size)
+        step = self._steps[size]
+        position = np.array([work.first for work in works])
+        table = self._table(works, max(len(work.sequence.blocks) for work in works))
+        ids = np.array([work.sequence.ids(work.first, work.last)[0] for work in works])
+        slots = np.array([work.sequence.slot for work in works])
+        ids_S, positions_S, table_SB, slots_S = self._upload([ids, position, table, slots])
+        if (ids < 0).any():
+            ids_S = torch.where(ids_S < 0, self.last_tokens[slots_S], ids_S)
+        return step(ids_S, positions_S, table_SB)[:count], slots_S
+
+
+def buckets(most: int) -> list[int]:
+    """Numbers of sequences that get a captured step of their own: 1, 2, 4, then every eighth."""
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8), most) if size <= most})
+
+
+class DecodeStep:
+    """A step of `size` sequences, one row each, over memory that stays where it is. On the CPU its launches are recorded and repeated, on
+    a GPU it can be captured; fewer sequences fill up with rows that are written to the spare block."""
+
+    def __init__(self, runner: Runner, size: int):
+        model, device = runner.model, runner.device
+        self.runner, self.size = runner, size
+        dtype = model.compute_dtype
+        self.x_SD = torch.zeros(size, model.config.decoder.width, dtype=dtype, device=device)
+        self.tables = model.language_model.tables(torch.zeros(size, dtype=torch.int64, device=device), dtype)
+        table = torch.full((size, runner.width), runner.blocks, dtype=torch.int32, device=device)
+        slots = torch.full((size,), runner.blocks * runner.page, dtype=torch.int64, device=device)
+        lengths = torch.ones(size, dtype=torch.int32, device=device)
+        self.cache = KVCache(runner.k, runner.v, table, slots, lengths)
+        self.cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=device)
+        self.repeat: Callable[[], Tensor] | None = None
+
+    def _run(self) -> Tensor:
+        model = self.runner.model
+        return model.logits(model.language_model.run(self.x_SD, self.tables, self.cu_seqlens, cache=self.cache))
+
+    def capture(self, pool: Any) -> Any:
+        """Record the step as a CUDA graph in `pool`; returns the pool."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # lazily made handles and buffers are made before
+            self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._run()
+
+        def repeat() -> Tensor:
+            graph.replay()
+            return logits
+
+        self.repeat = repeat
+        return graph.pool()
+
+    def __call__(self, ids_S: Tensor, positions_S: Tensor, table_SB: Tensor) -> Tensor:
+        """Logits [size, V], overwritten by the next call."""
+        runner, count, blocks = self.runner, ids_S.shape[0], table_SB.shape[1]
+        model, cache = runner.model, self.cache
+        self.x_SD[:count] = model.language_model.embed_tokens.weight[ids_S]
+        for table, values in zip(self.tables, model.language_model.tables(positions_S, self.x_SD.dtype), strict=True):
+            table[:count] = values
+        cache.block_table[:count, :blocks] = table_SB
+        page = table_SB.gather(1, (positions_S // runner.page)[:, None])[:, 0]
+        cache.slots[:count] = page * runner.page + positions_S % runner.page
+        cache.lengths[:count] = positions_S + 1
+        if count < self.size:
+            cache.slots[count:] = runner.blocks * runner.page
+            cache.lengths[count:] = 1
+            cache.block_table[count:, 0] = runner.blocks
+        if self.repeat is None:
+            if runner.device.type != "cpu":
+                return self._run()
+            self.repeat = replay = Replay(self._run)
+            return replay.result
+        return self.repeat()

@@ -1,0 +1,188 @@
+"""What the next step computes: every decoding sequence's next row, then prompts, in order, in chunks that fill the step's budgets.
+
+    waiting --(blocks for all its rows so far)--> running --(its last token)--> gone
+       ^------------(no block left: the last in order gives its blocks up, and is computed again)-------------'
+
+Nobody overtakes: where the first in the queue does not fit, those behind it wait. The first of the running sequences is never preempted
+and fits into the cache alone, so that something always comes to an end.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from operator import attrgetter
+
+from llava_fast.engine.blocks import BlockPool
+from llava_fast.engine.features import FeatureCache
+from llava_fast.engine.sequence import Picture, Sequence
+
+_order = attrgetter("order")
+
+
+@dataclass(eq=False)
+class Work:
+    """Rows first : last of a sequence. samples: the last of them gives the next token. draft: guesses for the tokens after it."""
+
+    sequence: Sequence
+    first: int
+    last: int
+    samples: bool
+    draft: list[int] = field(default_factory=list)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it is one row of an answer, as in the step before and after."""
+        return self.first >= len(self.sequence.prompt) and self.samples and self.last - self.first == 1 and not self.draft
+
+
+@dataclass
+class Plan:
+    """One step. pictures: those that it reads.  encode: of them, what the tower has to look at, each content once."""
+
+    works: list[Work] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    encode: list[Picture] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return sum(work.last - work.first + len(work.draft) for work in self.works)
+
+
+class Scheduler:
+    """max_rows, max_views: a step's budgets; a picture of more views than that has a step's views to itself. max_running: sequences at a
+    time, at most max_rows."""
+
+    def __init__(self, pool: BlockPool, features: FeatureCache, page: int, max_rows: int, max_views: int, max_running: int):
+        self.pool, self.features, self.page = pool, features, page
+        self.max_rows, self.max_views, self.max_running = max_rows, max_views, min(max_running, max_rows)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = self.reused_rows = self.looked_up_rows = 0
+        self._rows = self._views = 0  # what is left of the step's budgets
+        self._slots = list(range(self.max_running - 1, -1, -1))
+
+    def blocks_for(self, rows: int) -> int:
+        return -(-rows // self.page)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_order)
+
+    def drop(self, sequence: Sequence) -> None:
+        """It is over, whatever its state."""
+        if sequence in self.running:
+            self._give_up(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def plan(self, guess: Callable[[Sequence, int], list[int]] | None = None) -> Plan:
+        """guess(sequence, at most): tokens that may follow. The step counts as computed from here on: see `undo`."""
+        plan = Plan()
+        self._rows, self._views = self.max_rows, self.max_views
+        for sequence in [s for s in self.running if s.decoding]:
+            if sequence in self.running and sequence.produced < sequence.max_new and self._grow(sequence, sequence.length):
+                self._put(plan, sequence, guess)
+        for sequence in [s for s in self.running if not s.decoding]:
+            self._put(plan, sequence)
+        while self._rows and self.waiting and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            if not self._admit(sequence):
+                break
+            self._put(plan, sequence)
+        return plan
+
+    def undo(self, plan: Plan) -> None:
+        """Take back a plan that was not carried out."""
+        for work in plan.works:
+            work.sequence.computed = min(work.sequence.computed, work.first)
+            work.sequence.pending -= work.samples
+
+    def _put(self, plan: Plan, sequence: Sequence, guess: Callable[[Sequence, int], list[int]] | None = None) -> None:
+        first, last = sequence.computed, min(sequence.length, sequence.computed + self._rows)
+        last = self._see(plan, sequence, first, last)
+        if last <= first:
+            return
+        self._rows -= last - first
+        work = Work(sequence, first, last, samples=last == sequence.length)
+        if guess is not None:
+            work.draft = self._guess(sequence, guess)
+        sequence.computed = last
+        sequence.pending += work.samples
+        plan.works.append(work)
+
+    def _guess(self, sequence: Sequence, guess: Callable[[Sequence, int], list[int]]) -> list[int]:
+        """As many as the step, the answer and the blocks at hand have room for."""
+        room = len(sequence.blocks) * self.page - sequence.length + self.pool.available * self.page
+        draft = guess(sequence, max(min(self._rows, sequence.max_new - sequence.produced - 1, room), 0))
+        while len(sequence.blocks) < self.blocks_for(sequence.length + len(draft)):
+            sequence.blocks.append(self.pool.take())
+        self._rows -= len(draft)
+        return draft
+
+    def _see(self, plan: Plan, sequence: Sequence, first: int, last: int) -> int:
+        """Find the rows of the pictures in first : last, or have them made; returns where the chunk ends if not all can be this step."""
+        for picture in sequence.prompt.pictures:
+            if picture.first >= last or picture.first + picture.tokens <= first:
+                continue
+            if picture.rows is None:
+                picture.rows = self.features.get(picture.key)
+            if picture.rows is not None or any(other.key == picture.key for other in plan.encode):
+                plan.pictures.append(picture)
+                continue
+            if picture.cost > self._views and self._views < self.max_views:
+                return max(picture.first, first)
+            self._views -= picture.cost
+            plan.pictures.append(picture)
+            plan.encode.append(picture)
+        return last
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give the first in the queue blocks for all its rows, those with its content where there are any."""
+        if sequence.pending:  # preempted, with a token still on its way
+            return False
+        found: list[int] = []
+        for block in range((sequence.length - 1) // self.page):  # one row at least is computed: its output is needed
+            held = self.pool.find(sequence.key(block, self.page))
+            if held is None:
+                break
+            found.append(held)
+        missing = self.blocks_for(sequence.length) - len(found)
+        if missing > self.pool.available:
+            self.pool.release(reversed(found))
+            return False
+        self.waiting.remove(sequence)
+        sequence.blocks = found + [self.pool.take() for _ in range(missing)]
+        sequence.computed, sequence.published = len(found) * self.page, len(found)
+        sequence.slot = self._slots.pop()
+        self.looked_up_rows += sequence.length
+        self.reused_rows += sequence.computed
+        insort(self.running, sequence, key=_order)
+        return True
+
+    def _grow(self, sequence: Sequence, rows: int) -> bool:
+        """Blocks for its next row, if need be those of the last in order; False where that is itself."""
+        while len(sequence.blocks) < self.blocks_for(rows):
+            if self.pool.available:
+                sequence.blocks.append(self.pool.take())
+                continue
+            last = self.running[-1]
+            self._give_up(last)
+            self.preemptions += 1
+            self.add(last)
+            if last is sequence:
+                return False
+        return True
+
+    def _give_up(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(reversed(sequence.blocks))
+        self._slots.append(sequence.slot)
+        sequence.blocks, sequence.slot, sequence.computed = [], -1, 0
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make the blocks findable that are full of known rows."""
+        known = min(sequence.computed, len(sequence.prompt) + len(sequence.tokens))
+        for block in range(sequence.published, min(known // self.page, len(sequence.blocks))):
+            self.pool.publish(sequence.blocks[block], sequence.key(block, self.page))
+        sequence.published = known // self.page
