@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 
 import llava_fast as lf
-from llava_fast.engine.sampling import choose, penalise, warp
+from llava_fast.kernels.sampling import kept, penalised, sample
 
 BATCHES = {
     "single": [[5, "image", 4]],
@@ -201,21 +201,20 @@ def test_warped_logits_are_those_of_transformers(seed, settings):
         chain.append(TopPLogitsWarper(params.top_p))
     if params.min_p:
         chain.append(MinPLogitsWarper(params.min_p))
-    assert torch.equal(warp(logits[0], params), chain(torch.tensor([[1]]), logits)[0])
+    row = [torch.tensor([value]) for value in (params.top_k, params.top_p, params.min_p)]
+    assert torch.equal(kept(logits / params.temperature, *row), chain(torch.tensor([[1]]), logits))
 
 
 def test_repetition_penalty_is_that_of_transformers():
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
     seen = torch.tensor([[3, 3, 7, 11]])
-    expected = RepetitionPenaltyLogitsProcessor(1.4)(seen, logits.clone())[0]
-    assert torch.equal(penalise(logits[0], seen.unique(), 1.4), expected)
+    expected = RepetitionPenaltyLogitsProcessor(1.4)(seen, logits.clone())
+    assert torch.equal(penalised(logits, torch.tensor([1.4]), None, None, seen[0].bincount(minlength=50).int()[None]), expected)
 
 
 def test_samples_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, -torch.inf]])
-    params = lf.SamplingParams(temperature=1.0, seed=0)
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[choose(logits, [params], [([], [])], [generator], torch.tensor([2]))] += 1
+    steps = torch.arange(4000)
+    drawn = sample(logits.expand(4000, -1).contiguous(), temperature=torch.ones(4000), seeds=torch.zeros_like(steps), steps=steps)
+    counts = drawn.bincount(minlength=4)
     assert (counts / 4000 - logits[0].softmax(-1)).abs().max() < 0.03

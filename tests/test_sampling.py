@@ -1,12 +1,19 @@
-"""Sampling: kept sets of the engine's warp, frequencies of draws, noise by seed and step, penalties, checks."""
+"""Sampling: kept sets of transformers' processors, frequencies of draws, noise by seed and step, penalties, checks."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from llava_fast.engine.sampling import penalise, warp
 from llava_fast.kernels.sampling import kept, log_exponential, penalised, philox, sample
 from llava_fast.requests import SamplingParams
 
@@ -42,6 +49,15 @@ def test_exponential_noise_is_exponential() -> None:
     assert log_exponential(words[1:2]).isfinite().all()
 
 
+def warped(logits: Tensor, p: SamplingParams) -> Tensor:
+    """By transformers' processors."""
+    chain = LogitsProcessorList([TemperatureLogitsWarper(p.temperature)])
+    chain += [TopKLogitsWarper(p.top_k)] if p.top_k else []
+    chain += [TopPLogitsWarper(p.top_p)] if p.top_p < 1 else []
+    chain += [MinPLogitsWarper(p.min_p)] if p.min_p > 0 else []
+    return chain(torch.zeros(len(logits), 1, dtype=torch.int64), logits)
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -56,13 +72,13 @@ def test_exponential_noise_is_exponential() -> None:
     ],
 )
 @pytest.mark.parametrize("levels", [0, 4])
-def test_kept_sets_are_those_of_warp(params: dict, levels: int) -> None:
+def test_kept_sets_are_those_of_transformers(params: dict, levels: int) -> None:
     logits = torch.randn(6, 301, generator=torch.Generator().manual_seed(0)) * 3
     if levels:
         logits = (logits * levels / 3).round() / levels * 3  # many ties
     p = SamplingParams(**{"temperature": 1.0, **params})
     ours = kept(logits / p.temperature, full(6, p.top_k, torch.int64), full(6, p.top_p, torch.float64), full(6, p.min_p, torch.float64))
-    for row, expected in zip(ours, [warp(row, p) for row in logits], strict=True):
+    for row, expected in zip(ours, warped(logits, p), strict=True):
         assert torch.equal(row.isfinite(), expected.isfinite())
         assert torch.equal(row[row.isfinite()], expected[expected.isfinite()])
 
@@ -110,8 +126,9 @@ def test_penalties() -> None:
     counts = torch.zeros(2, 40, dtype=torch.int32)
     counts[0, [3, 5]], counts[1, 7] = torch.tensor([1, 4], dtype=torch.int32), 2
     repeated = penalised(logits, torch.tensor([1.3, 0.7]), None, None, counts)
-    assert torch.equal(repeated[0], penalise(logits[0], torch.tensor([3, 5]), torch.tensor(1.3)))
-    assert torch.equal(repeated[1], penalise(logits[1], torch.tensor([7]), torch.tensor(0.7)))
+    for row, seen, penalty in ((0, [3, 5], 1.3), (1, [7], 0.7)):
+        processor = RepetitionPenaltyLogitsProcessor(penalty)
+        assert torch.equal(repeated[row : row + 1], processor(torch.tensor([seen]), logits[row : row + 1].clone()))
     both = penalised(logits, None, torch.tensor([0.5, 1.0]), torch.tensor([0.25, 0.0]), counts)
     torch.testing.assert_close((logits - both)[0, [3, 5, 6]], torch.tensor([0.75, 1.5, 0.0]))
     torch.testing.assert_close((logits - both)[1, [7, 3]], torch.tensor([1.0, 0.0]))

@@ -29,15 +29,16 @@ PAGES = (16, 32, 64, 128, 256)
 
 
 class Engine:
-    """Serves requests on a loaded model until it is closed. A context manager, which waits for what was submitted (an exception cancels it).
+    """Serves requests on a loaded model until it is closed. A context manager: it waits for what was submitted, an exception cancels it.
 
     kv_cache_bytes: of keys and values; a quarter of the free memory where None (three quarters of a GPU's), less where `max_running`
     sequences cannot fill it.  kv_dtype: theirs, that of the arithmetic where None; torch.float8_e4m3fn changes answers.
     page: rows of a block.  max_running: sequences at a time.  max_rows, max_views: of one step.
-    prefix_cache: requests share what they begin with, by token ids and the contents of pictures.  feature_cache_bytes: of projected pictures
-    kept for requests that show them again.  readers: threads that open and resize pictures.
+    prefix_cache: requests share what they begin with, by token ids and the contents of pictures.  feature_cache_bytes: of projected
+    pictures, kept for requests that show them again.  readers: threads that open and resize pictures.
     overlap: plan a step while the one before runs (None: on a GPU).  graphs: capture decode steps (on a GPU).
-    speculate: tokens to guess a step, those that followed the latest ones before; for greedy requests without penalties. Answers stay equal.
+    speculate: tokens to guess a step, those that followed the latest ones before; for greedy requests without penalties, whose answers
+    stay equal.
 
     Raises ValueError for options that do not fit, and for a cache that holds less than one block.
     """

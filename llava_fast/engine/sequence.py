@@ -78,7 +78,7 @@ def content_key(visual: Visual, views: Tensor) -> bytes:
     for resample in visual.resamples:
         digest.update(repr((resample.mode, resample.size, resample.source.shape)).encode())
         digest.update(resample.source.tobytes())
-    digest.update(memoryview(views.contiguous().view(torch.uint8).numpy()))
+    digest.update(views.contiguous().view(torch.uint8).numpy().data)
     return digest.digest()
 
 

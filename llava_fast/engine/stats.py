@@ -59,12 +59,13 @@ class Counters:
         self.drafted += sum(len(work.draft) for work in plan.works)
         if plan.encode:
             self.vision_seconds += vision
-        if all(work.repeats for work in plan.works):
+        decoding = sum(work.repeats for work in plan.works)
+        self.decode_rows += decoding
+        self.prompt_rows += plan.rows - decoding  # guesses of decoding sequences among them
+        if decoding == len(plan.works):
             self.decode_steps += 1
-            self.decode_rows += len(plan.works)
             self.decode_seconds += decoder
         else:
-            self.prompt_rows += plan.rows
             self.prefill_seconds += decoder
 
     def token(self, sequence: Sequence, job: Job, now: float) -> None:
@@ -82,8 +83,8 @@ class Counters:
 class Stats:
     """A reading. Latencies in seconds, of the latest 10,000.
 
-    time_to_first_token: from submission.  inter_token: between two tokens of a sequence.  tokens_per_s, views_per_s: new tokens and views over
-    the time that the engine was at work.  prefix_reused: of the prompts' rows, the share found in the cache.  pictures_reused: the share of
+    time_to_first_token: from submission.  inter_token: between two tokens of a sequence.  tokens_per_s: new tokens over the time that the
+    engine was at work, views_per_s: views over that of the tower.  prefix_reused: of the prompts' rows, the share found in the cache.  pictures_reused: the share of
     pictures not shown to the tower.  host_ms_per_step: planning, and making text of tokens.  decode_gbs: bytes of weights that decode steps
     read over their time, prefill_gflops: operations of the layers' products over that of the other steps: to be held against the limits.
     """
