@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
-from llava_fast import load, memory
-from llava_fast.engine.decode import Stepper
+from llava_fast import load
+from llava_fast.engine.runner import DecodeStep, Runner
+from llava_fast.engine.stats import weight_bytes
 from llava_fast.kernels import registry
 from llava_fast.models.decoder import KVCache
 from llava_fast.models.llava import Llava
@@ -80,12 +81,11 @@ def test_vision_tower(views: int, ours: Llava, theirs: Any, paired: Any, limits:
 @torch.inference_mode()
 def test_prefill(ours: Llava, theirs: Any, paired: Any, limits: Any) -> None:
     x = embeds(CONTEXT)
-    positions, bounds = torch.arange(CONTEXT), torch.tensor([0, CONTEXT], dtype=torch.int32)
-    cache = new_cache(ours, torch.float32, CONTEXT)
-    cache.slots = positions
+    positions, bounds, last = torch.arange(CONTEXT), torch.tensor([0, CONTEXT], dtype=torch.int32), torch.tensor([CONTEXT - 1])
+    runner = new_runner(ours, torch.float32)
+    cache = KVCache(runner.k, runner.v, torch.arange(BLOCKS, dtype=torch.int32)[None], positions, bounds[1:])
 
     def prefill() -> Tensor:
-        last = torch.tensor([CONTEXT - 1])
         return ours.logits(ours.language_model(x, positions, bounds, needed_R=last, cache=cache))
 
     def reference() -> Tensor:
@@ -95,28 +95,32 @@ def test_prefill(ours: Llava, theirs: Any, paired: Any, limits: Any) -> None:
     paired(prefill, reference, operations=decoder_operations(ours, CONTEXT), limit=limits("cpu").fma_fp32_gflops * 1e9)
 
 
-def new_cache(model: Llava, dtype: torch.dtype, used: int) -> KVCache:
-    c = model.config.decoder
+PAGE, BLOCKS = 64, CONTEXT // 64 + 1
+
+
+def new_runner(model: Llava, dtype: torch.dtype) -> Runner:
+    """With a cache that holds something."""
+    runner = Runner(model, BLOCKS, PAGE, dtype, 1, BLOCKS * PAGE, graphs=False)
     generator = torch.Generator().manual_seed(2)
-    shape = (c.layers, CONTEXT + 1, c.kv_heads, c.head_dim)
-    k, v = (memory.empty(shape, dtype, torch.device("cpu")).copy_(torch.randn(shape, generator=generator)) for _ in range(2))
-    starts = torch.tensor([0, CONTEXT + 1], dtype=torch.int32)
-    return KVCache(k, v, starts, torch.tensor([used - 1]), torch.tensor([used], dtype=torch.int32))
+    for buffer in (runner.k, runner.v):
+        buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return runner
 
 
 @torch.inference_mode()
 def test_decode(quantised: tuple[str, Llava], theirs: Any, paired: Any, limits: Any) -> None:
     """One token at a context of 1,500. bf16: bf16 weights, fp32 keys and values, the fp32 answer; int8 and int4: bf16 keys and values."""
     weights, model = quantised
-    cache = new_cache(model, torch.float32 if weights == "bf16" else torch.bfloat16, CONTEXT + 1)
+    runner = new_runner(model, torch.float32 if weights == "bf16" else torch.bfloat16)
     past = DynamicCache()
     for layer in range(model.config.decoder.layers):
-        k, v = (buffer[layer, :CONTEXT].float().transpose(0, 1)[None].contiguous() for buffer in (cache.k, cache.v))
+        k, v = (buffer[layer].flatten(0, 1)[:CONTEXT].float().transpose(0, 1)[None].contiguous() for buffer in (runner.k, runner.v))
         past.update(k, v, layer)
-    stepper, token, position = Stepper(model, cache, 1), torch.tensor([7]), torch.tensor([CONTEXT])
+    token, position, table = torch.tensor([7]), torch.tensor([CONTEXT]), torch.arange(BLOCKS)[None]
+    recorded = DecodeStep(runner, 1)
 
     def step() -> Tensor:
-        return stepper([7], [0], [CONTEXT])
+        return recorded(token, position, table)
 
     def reference() -> Tensor:
         logits = theirs(input_ids=token[None], past_key_values=past, position_ids=position[None], use_cache=True).logits[0]
@@ -128,20 +132,7 @@ def test_decode(quantised: tuple[str, Llava], theirs: Any, paired: Any, limits: 
         expected = reference()
     else:
         with registry.use(linear="reference"):
-            expected = Stepper(model, cache, 1)([7], [0], [CONTEXT])
+            expected = DecodeStep(runner, 1)(token, position, table)
     assert relative_error(step(), expected) < 1e-4
-    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in decoder_weights(model))
-    kv_bytes = cache.k[:, :CONTEXT].numel() * 2 * cache.k.element_size()
-    paired(step, reference, bytes_read=weight_bytes + kv_bytes)
-
-
-def decoder_weights(model: Llava) -> list[Tensor]:
-    """What a token reads: the parameters of the decoder (the table of embeddings as the head only) and quantised copies."""
-    from llava_fast.kernels.linear import Quantised
-
-    found: list[Tensor] = [] if isinstance(model.head_weight, Quantised) else [model.head_weight]
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Quantised):
-                found += [value.weight, value.scale]
-    return found + [p for name, p in model.language_model.named_parameters() if name != "embed_tokens.weight"]
+    kv_bytes = 2 * CONTEXT * runner.k[:, 0, 0].nbytes
+    paired(step, reference, bytes_read=weight_bytes(model) + kv_bytes)

@@ -13,7 +13,8 @@ from bench.full_size import config_05b
 from bench.limits import seconds
 from llava_fast.batch import Sample, pack
 from llava_fast.config import LlavaConfig, from_hf
-from llava_fast.engine.decode import Sequence, decode
+from llava_fast.engine.engine import Engine
+from llava_fast.engine.sequence import Prompt
 from llava_fast.models.llava import Llava
 from llava_fast.requests import SamplingParams
 
@@ -26,6 +27,11 @@ def random_model(config: LlavaConfig, device: str, dtype: torch.dtype) -> Llava:
     for parameter in model.parameters():
         parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(std=parameter[0].numel() ** -0.5)
     return model
+
+
+def kv_bytes(model: Llava, rows: int) -> int:
+    c = model.config.decoder
+    return 2 * c.layers * rows * c.kv_heads * c.head_dim * model.compute_dtype.itemsize
 
 
 def measure_model(device: str, small: bool) -> Iterator[dict[str, Any]]:
@@ -55,11 +61,14 @@ def measure_model(device: str, small: bool) -> Iterator[dict[str, Any]]:
             time = best(lambda batch=batch: model.logits(model.hidden(batch)))
         yield {"name": f"prefill, {count} x {length} tokens", "tokens_per_s": count * length / time, "ms": time * 1e3}
 
-        def generate(steps: int, batch: Any = batch, count: int = count) -> None:
-            sequences = [Sequence(i, length, [], SamplingParams(max_new_tokens=steps), steps) for i in range(count)]
-            with torch.no_grad():
-                for _ in decode(model, batch, sequences, ()):
-                    pass
+        prompts = [Prompt(sample.token_ids, (), sample.token_ids.tolist()) for sample in samples]
 
-        time = (best(lambda: generate(new)) - best(lambda: generate(1))) / (new - 1)
+        def generate(steps: int, prompts: list[Prompt] = prompts) -> None:
+            params = SamplingParams(max_new_tokens=steps)
+            for handle in [engine.submit_prompt(prompt, params, ()) for prompt in prompts]:
+                if (error := handle.result()[0].error) is not None:
+                    raise RuntimeError(error)
+
+        with Engine(model, prefix_cache=False, max_running=count, kv_cache_bytes=kv_bytes(model, count * (length + new + 64))) as engine:
+            time = (best(lambda: generate(new)) - best(lambda: generate(1))) / (new - 1)
         yield {"name": f"decode at {length}, batch {count}", "tokens_per_s": count / time, "ms_per_step": time * 1e3}

@@ -10,43 +10,57 @@ import torch
 from torch import Tensor
 
 import llava_fast as lf
-from llava_fast.engine.decode import Stepper
 from llava_fast.engine.replay import Replay
+from llava_fast.engine.runner import DecodeStep, Runner
 from llava_fast.kernels import _native, registry
 from llava_fast.kernels.linear import linear
 from llava_fast.kernels.paged_attention import paged_attention
-from llava_fast.models.decoder import KVCache
 
 
-def stepper(model: lf.LlavaFast, count: int) -> Stepper:
-    c = model.config.decoder
-    generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(c.layers, 64, c.kv_heads, c.head_dim, generator=generator) for _ in range(2))
-    empty = torch.empty(0)
-    return Stepper(model, KVCache(k, v, empty, empty, empty), count)
+def step_of(model: lf.LlavaFast, count: int) -> DecodeStep:
+    """Over a cache of 4 blocks of 16 rows with something in it."""
+    runner = Runner(model, 4, 16, torch.float32, 4, model.config.decoder.max_positions, graphs=False)
+    for buffer in (runner.k, runner.v):
+        buffer.normal_(generator=torch.Generator().manual_seed(0))
+    return DecodeStep(runner, count)
 
 
 @pytest.mark.parametrize("count", [1, 3])
+@torch.inference_mode()
 def test_repeated_steps_equal_run_ones(directory, count: int) -> None:
     model = lf.load(directory, device="cpu", dtype=torch.float32)
-    recorded, run = stepper(model, count), stepper(model, count)
+    recorded, run = step_of(model, count), step_of(model, count)
+    table = torch.tensor([[3], [0], [2]])[:count]
     for token in range(5):
-        tokens, rows, positions = [token + s for s in range(count)], [20 * s for s in range(count)], [3 + token + s for s in range(count)]
-        ours = recorded(tokens, rows, positions).clone()
-        run.replay = None  # so that it runs again
-        assert torch.equal(ours, run(tokens, rows, positions))
-        assert torch.equal(recorded.cache.k, run.cache.k) and torch.equal(recorded.cache.v, run.cache.v)
-    assert recorded.replay is not None and recorded.replay.exact
-    assert len(recorded.replay.launches) == 9 * model.config.decoder.layers + 2  # and the last norm, and the head
+        ids, positions = torch.arange(count) + token, torch.arange(count) + 3 + token
+        ours = recorded(ids, positions, table).clone()
+        run.repeat = None  # so that it runs again
+        assert torch.equal(ours, run(ids, positions, table))
+        for a, b in ((recorded.runner.k, run.runner.k), (recorded.runner.v, run.runner.v)):
+            assert torch.equal(a, b)
+    assert isinstance(recorded.repeat, Replay) and recorded.repeat.exact
+    assert len(recorded.repeat.launches) == 9 * model.config.decoder.layers + 2  # and the last norm, and the head
 
 
+@torch.inference_mode()
 def test_the_reference_is_not_repeated(directory) -> None:
     model = lf.load(directory, device="cpu", dtype=torch.float32)
     with registry.use(norm="reference"):
-        step = stepper(model, 1)
-        first = step([5], [0], [3]).clone()
-        assert step.replay is not None and not step.replay.exact
-        assert not torch.equal(step([6], [0], [4]), first)
+        step = step_of(model, 1)
+        first = step(torch.tensor([5]), torch.tensor([3]), torch.tensor([[1]])).clone()
+        assert isinstance(step.repeat, Replay) and not step.repeat.exact
+        assert not torch.equal(step(torch.tensor([6]), torch.tensor([4]), torch.tensor([[1]])), first)
+
+
+@torch.inference_mode()
+def test_rows_of_nobody_write_to_the_spare_block(directory) -> None:
+    """As a captured step of more sequences than there are runs."""
+    model = lf.load(directory, device="cpu", dtype=torch.float32)
+    exact, filled = step_of(model, 1), step_of(model, 4)
+    for token in range(3):
+        call = (torch.tensor([token]), torch.tensor([17 + token]), torch.tensor([[1, 3]]))
+        assert (exact(*call) - filled(*call)[:1]).abs().max() < 1e-5
+        assert torch.equal(exact.runner.k[0, :4], filled.runner.k[0, :4])  # below the first attention: bit-equal
 
 
 def test_what_is_no_launch_is_seen() -> None:
