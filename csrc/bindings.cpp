@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "cpu/isa.h"
 #include "cpu/probe.h"
 #include "cpu/spatial_pool.h"
@@ -25,6 +29,17 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("fma_rate", &fma_rate, "fp32 operations a second of the arithmetic units", py::arg("threads"),
           py::call_guard<py::gil_scoped_release>());
+
+    // With more threads alive than cores, libgomp's wait for work asleep, 20 us each time: a second caller's team has to replace the
+    // first's.
+    m.def(
+        "release_threads",
+        [] {
+#if defined(_OPENMP) && (_OPENMP >= 201811 || (defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 9))
+            omp_pause_resource_all(omp_pause_soft);
+#endif
+        },
+        "End the calling thread's team; it is made anew when it is next needed", py::call_guard<py::gil_scoped_release>());
 
     bind_pool_types(m);
     bind_cross_entropy(m);

@@ -65,3 +65,14 @@ def element(dtype: torch.dtype) -> Any:
 def address(tensor: Tensor | None) -> int:
     """Of the data; 0 where there is none."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def release_threads() -> None:
+    """End the OpenMP threads that wait for work of the calling thread, so that another's can have the cores to themselves.
+
+    A decode step of the 0.5b architecture takes 72 ms in a second thread while the first one's team is there, 55 without.
+    """
+    try:
+        _module().release_threads()
+    except ImportError:  # a build without the extension
+        pass

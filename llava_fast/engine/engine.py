@@ -23,6 +23,7 @@ from llava_fast.engine.job import Job
 from llava_fast.engine.sequence import Prompt
 from llava_fast.engine.stats import Stats, read
 from llava_fast.inputs.prepare import prepare
+from llava_fast.kernels._native import release_threads
 from llava_fast.requests import InputOptions, Request, SamplingParams
 
 PAGES = (16, 32, 64, 128, 256)
@@ -98,6 +99,7 @@ class Engine:
         self._closing = False
         self._fatal: BaseException | None = None
         self._worked = 0.0
+        release_threads()
         self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="llava_fast engine", daemon=True)
         self._thread.start()
 
@@ -190,6 +192,7 @@ class Engine:
         except Exception as error:  # whatever a decoder of pictures throws: it is this request's
             job.error = RuntimeError(f"reading it failed: {type(error).__name__}: {error}")
         job.timings["preprocess"] = time.perf_counter() - begun
+        release_threads()
         with self._wake:
             self._reading -= 1
             self._arrived.append(job)
