@@ -1,13 +1,23 @@
 """Who holds which block of the key-value cache, and what the blocks hold: reference counts, and reuse by content.
 
 A full block is known by the hash of everything that its keys and values come from: the chain of token ids and pictures from the first
-row of the sequence to its last. Blocks that nobody holds stay findable until they are needed for something else, the longest idle first.
+row of the sequence to its last. Where a sequence leaves the known chain inside a block, the rows up to there are copied from it. Blocks
+that nobody holds stay findable until they are needed for something else, the longest idle first.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple
+
+
+class Content(NamedTuple):
+    """Of a block: key, of the whole chain, None where the block is not full; the key of the block before; the rows in it."""
+
+    key: bytes | None
+    before: bytes
+    rows: tuple[Hashable, ...]
 
 
 class BlockPool:
@@ -18,8 +28,9 @@ class BlockPool:
         self._unused = list(range(count - 1, -1, -1))  # hold nothing; low numbers first, so that little memory is ever touched
         self._idle: OrderedDict[int, None] = OrderedDict()  # held by nobody, content known
         self._holders = [0] * count
-        self._key_of: dict[int, bytes] = {}
+        self._content: dict[int, Content] = {}
         self._by_key: dict[bytes, int] = {}
+        self._after: dict[bytes, set[int]] = {}  # the blocks that follow a chain
 
     @property
     def available(self) -> int:
@@ -35,22 +46,42 @@ class BlockPool:
             block = self._unused.pop()
         else:
             block, _ = self._idle.popitem(last=False)
-            del self._by_key[self._key_of.pop(block)]
+            self._forget(block)
         self._holders[block] = 1
         return block
 
     def find(self, key: bytes) -> int | None:
-        """The block with this content, held once more; None where there is none."""
+        """The full block with this content, held once more; None where there is none."""
         block = self._by_key.get(key)
         if block is not None:
-            self._idle.pop(block, None)
-            self._holders[block] += 1
+            self._hold(block)
         return block
 
-    def publish(self, block: int, key: bytes) -> None:
-        """Say what a block holds, once it does. A second block of the same content stays unknown."""
-        if key not in self._by_key and block not in self._key_of:
-            self._by_key[key], self._key_of[block] = block, key
+    def find_rows(self, before: bytes, rows: tuple[Hashable, ...]) -> tuple[int, int] | None:
+        """The block that goes on like `rows` the longest after the chain `before`, held once more, and for how many; None for none."""
+        best, length = -1, 0
+        for block in self._after.get(before, ()):
+            common = 0
+            for a, b in zip(self._content[block].rows, rows, strict=False):
+                if a != b:
+                    break
+                common += 1
+            if common > length:
+                best, length = block, common
+        if not length:
+            return None
+        self._hold(best)
+        return best, length
+
+    def publish(self, block: int, content: Content) -> None:
+        """Say what a block holds, once it does; more than before, perhaps. A second full block of the same content stays unknown."""
+        if content.key in self._by_key:
+            return
+        self._forget(block)
+        self._content[block] = content
+        self._after.setdefault(content.before, set()).add(block)
+        if content.key is not None:
+            self._by_key[content.key] = block
 
     def release(self, blocks: Iterable[int]) -> None:
         """One holder less for each. Give a sequence's blocks last first: a chain is useless without its beginning."""
@@ -58,7 +89,22 @@ class BlockPool:
             self._holders[block] -= 1
             assert self._holders[block] >= 0, block
             if self._holders[block] == 0:
-                if block in self._key_of:
+                if block in self._content:
                     self._idle[block] = None
                 else:
                     self._unused.append(block)
+
+    def _hold(self, block: int) -> None:
+        self._idle.pop(block, None)
+        self._holders[block] += 1
+
+    def _forget(self, block: int) -> None:
+        content = self._content.pop(block, None)
+        if content is None:
+            return
+        if content.key is not None:
+            del self._by_key[content.key]
+        followers = self._after[content.before]
+        followers.discard(block)
+        if not followers:
+            del self._after[content.before]

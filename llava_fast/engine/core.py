@@ -61,8 +61,8 @@ class Core:
         self.overlap = overlap and not speculate  # guesses are made from tokens that the host knows
         self.features = FeatureCache(feature_cache_bytes)
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.pool, self.features, page, max_rows, max_views, max_running)
         self.runner = Runner(model, blocks, page, kv_dtype, max_running, c.max_positions, graphs)
+        self.scheduler = Scheduler(self.pool, self.features, page, max_rows, max_views, max_running, self.runner.copy_rows)
         self.counters = Counters()
         self.under_way: Result | None = None
 
@@ -202,7 +202,9 @@ class Core:
                 break
         if sequence.blocks:
             self.scheduler.publish(sequence)
-        if first and sequence.index == 0:
+        if first and sequence.index == 0 and len(job.sequences) > 1:
+            if sequence.blocks:
+                self.scheduler.publish(sequence, tail=True)
             for sibling in job.sequences[1:]:
                 self.scheduler.add(sibling)
         if first and all(other.tokens for other in job.sequences):

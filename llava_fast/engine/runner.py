@@ -105,6 +105,11 @@ class Runner:
 
     # -- steps
 
+    def copy_rows(self, block: int, into: int, rows: int) -> None:
+        """The keys and values of a block's first rows, to another."""
+        for buffer in (self.k, self.v):
+            buffer[:, into, :rows] = buffer[:, block, :rows]
+
     def run(self, plan: Plan) -> Result:
         """Launch a step. Its pictures have their rows."""
         works = plan.works

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from llava_fast.engine.blocks import BlockPool
+from llava_fast.engine.blocks import BlockPool, Content
 from llava_fast.engine.features import FeatureCache
 from llava_fast.engine.sequence import Picture, Sequence
 
@@ -52,10 +52,19 @@ class Plan:
 
 class Scheduler:
     """max_rows, max_views: a step's budgets; a picture of more views than that has a step's views to itself. max_running: sequences at a
-    time, at most max_rows."""
+    time, at most max_rows.  copy_rows(block, into, n): called to copy the keys and values of a block's first rows, at once."""
 
-    def __init__(self, pool: BlockPool, features: FeatureCache, page: int, max_rows: int, max_views: int, max_running: int):
-        self.pool, self.features, self.page = pool, features, page
+    def __init__(
+        self,
+        pool: BlockPool,
+        features: FeatureCache,
+        page: int,
+        max_rows: int,
+        max_views: int,
+        max_running: int,
+        copy_rows: Callable[[int, int, int], None],
+    ):
+        self.pool, self.features, self.page, self.copy_rows = pool, features, page, copy_rows
         self.max_rows, self.max_views, self.max_running = max_rows, max_views, min(max_running, max_rows)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -147,13 +156,24 @@ class Scheduler:
             if held is None:
                 break
             found.append(held)
+        whole = len(found) * self.page
+        rest = sequence.rows(whole, min(whole + self.page, sequence.length - 1))
+        like = self.pool.find_rows(sequence.key(len(found) - 1, self.page), rest)
         missing = self.blocks_for(sequence.length) - len(found)
+        if like is not None and missing > self.pool.available:  # its block is needed for something else
+            self.pool.release([like[0]])
+            like = None
         if missing > self.pool.available:
             self.pool.release(reversed(found))
             return False
         self.waiting.remove(sequence)
         sequence.blocks = found + [self.pool.take() for _ in range(missing)]
-        sequence.computed, sequence.published = len(found) * self.page, len(found)
+        sequence.computed, sequence.published = whole, len(found)
+        if like is not None:
+            block, rows = like
+            self.copy_rows(block, sequence.blocks[len(found)], rows)
+            sequence.computed += rows
+            self.pool.release([block])
         sequence.slot = self._slots.pop()
         self.looked_up_rows += sequence.length
         self.reused_rows += sequence.computed
@@ -175,14 +195,18 @@ class Scheduler:
         return True
 
     def _give_up(self, sequence: Sequence) -> None:
+        self.publish(sequence, tail=True)
         self.running.remove(sequence)
         self.pool.release(reversed(sequence.blocks))
         self._slots.append(sequence.slot)
         sequence.blocks, sequence.slot, sequence.computed = [], -1, 0
 
-    def publish(self, sequence: Sequence) -> None:
-        """Make the blocks findable that are full of known rows."""
+    def publish(self, sequence: Sequence, tail: bool = False) -> None:
+        """Make the blocks findable that are full of known rows; with `tail`, also the one that is not full yet."""
         known = min(sequence.computed, len(sequence.prompt) + len(sequence.tokens))
-        for block in range(sequence.published, min(known // self.page, len(sequence.blocks))):
-            self.pool.publish(sequence.blocks[block], sequence.key(block, self.page))
-        sequence.published = known // self.page
+        full = known // self.page
+        for block in range(sequence.published, full + (tail and known % self.page > 0)):
+            rows = sequence.rows(block * self.page, min((block + 1) * self.page, known))
+            key = sequence.key(block, self.page) if block < full else None
+            self.pool.publish(sequence.blocks[block], Content(key, sequence.key(block - 1, self.page), rows))
+        sequence.published = max(sequence.published, full)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -137,8 +138,18 @@ class Sequence:
             parts.append(np.full(last - max(first, known), -1))
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
+    def rows(self, first: int, last: int) -> tuple[Hashable, ...]:
+        """What rows first : last are made of: token ids, or a picture's key and the row in it."""
+        rows: list[Hashable] = self.ids(first, last).tolist()
+        for picture in self.prompt.pictures:
+            for row in range(max(picture.first, first), min(picture.first + picture.tokens, last)):
+                rows[row - first] = (picture.key, row - picture.first)
+        return tuple(rows)
+
     def key(self, block: int, page: int) -> bytes:
-        """What block number `block` of this sequence holds: a hash of all rows up to its end, which have to be known."""
+        """A hash of all rows up to the end of block number `block`, which have to be known; the salt for -1."""
+        if block < 0:
+            return self.salt
         while len(self._keys) <= block:
             first = len(self._keys) * page
             digest = hashlib.blake2b(self._keys[-1] if self._keys else self.salt, digest_size=32)
