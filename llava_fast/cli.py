@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import llava_fast
+from llava_fast.requests import ask
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 notes = Console(stderr=True)
@@ -31,8 +33,11 @@ def megabytes(count: float) -> str:
 
 @app.command()
 def generate(
-    prompt: Annotated[str, typer.Argument(help="the question; may hold <image> and <video> marks")],
     model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="the question; may hold <image> and <video> marks")] = None,
+    requests: Annotated[Path | None, typer.Option(help="a JSONL file of requests in place of a prompt; see the README")] = None,
+    out: Annotated[Path | None, typer.Option(help="the JSONL file for their answers; one that was begun is gone on with")] = None,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="run requests again whose answer there is an error")] = False,
     image: Annotated[list[Path] | None, typer.Option("--image", "-i", help="a picture; repeat for more")] = None,
     video: Annotated[list[Path] | None, typer.Option("--video", help="a video file or a folder of frames; repeat for more")] = None,
     raw: Annotated[bool, typer.Option(help="the prompt is the whole text as the model is to see it, chat markup included")] = False,
@@ -50,10 +55,21 @@ def generate(
     device: str = "auto",
     dtype: str = "auto",
     quantise: Annotated[Literal["int8", "int4", "fp8"] | None, typer.Option(help="the decoder's weights in fewer bits")] = None,
+    kv_cache_bytes: Annotated[str | None, typer.Option(help="memory for keys and values, like 2GiB")] = None,
+    max_running: Annotated[int, typer.Option(help="sequences at a time")] = 64,
+    speculate: Annotated[int, typer.Option(help="tokens to guess a step from the prompt, for greedy answers")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of the streamed text")] = False,
 ) -> None:
-    """Answer a question about pictures and videos; the answer streams as it is made."""
-    options = llava_fast.InputOptions(
+    """Answer a question about pictures and videos, or with --requests a file of them; an answer to a prompt streams as it is made."""
+    if (prompt is None) == (requests is None):
+        raise ValueError(f"generate takes either a PROMPT or --requests, got {'both' if prompt is not None else 'neither'}")
+    if requests is not None and out is None:
+        raise ValueError("--requests needs --out, a file for the answers")
+    others = ("--image", image), ("--video", video), ("--json", as_json)
+    for name, value in others if requests is not None else (("--out", out), ("--retry-errors", retry_errors)):
+        if value:
+            raise ValueError(f"{name} goes with {'a PROMPT' if requests is not None else '--requests'} only")
+    inputs = llava_fast.InputOptions(
         keep_order=keep_order,
         num_frames=num_frames,
         fps=fps,
@@ -62,52 +78,99 @@ def generate(
         image_aspect=image_aspect,
     )
     sampling = llava_fast.SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    request = ask(prompt, image or [], video or [], raw)
+    loading = dict(device=device, dtype=dtype, quantise=quantise)
+    cache = None if kv_cache_bytes is None else count_bytes(kv_cache_bytes)
+    options = dict(kv_cache_bytes=cache, max_running=max_running, speculate=speculate)
+    if requests is not None and out is not None:
+        answers_to_file(model, requests, out, raw, sampling, inputs, loading, options, retry_errors)
+    elif prompt is not None:
+        request = ask(prompt, [str(path) for path in image or []], [str(path) for path in video or []], raw)
+        one_answer(model, request, sampling, inputs, loading, options, as_json)
+
+
+def one_answer(
+    model: str,
+    request: llava_fast.Request,
+    sampling: llava_fast.SamplingParams,
+    inputs: llava_fast.InputOptions,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+    as_json: bool,
+) -> None:
     start = time.perf_counter()
     with notes.status(escape(f"loading {model}")):
-        loaded = llava_fast.load(model, device=device, dtype=dtype, quantise=quantise)
+        loaded = llava_fast.load(model, **loading)
     ready = time.perf_counter()
-    if as_json:
-        completion = llava_fast.generate(loaded, request, sampling, options)
-        print(json.dumps({**dataclasses.asdict(completion), "load_seconds": round(ready - start, 3)}))
-        return
-    deltas = llava_fast.generate(loaded, request, sampling, options, stream=True)
-    with notes.status("reading the pictures"):
-        first_delta = next(deltas, (0, "", None))
-    first = time.perf_counter() - ready
-    for _, delta, _ in itertools.chain([first_delta], deltas):
-        print(delta, end="", flush=True)
+    with llava_fast.Engine(loaded, **options) as engine:
+        if as_json:
+            completion = llava_fast.generate(loaded, request, sampling, inputs, engine=engine)
+            print(json.dumps({**dataclasses.asdict(completion), "load_seconds": round(ready - start, 3)}))
+            return
+        deltas = llava_fast.generate(loaded, request, sampling, inputs, stream=True, engine=engine)
+        with notes.status("reading the pictures"):
+            first_delta = next(deltas, (0, "", None))
+        first = time.perf_counter() - ready
+        for _, delta, _ in itertools.chain([first_delta], deltas):
+            print(delta, end="", flush=True)
     print()
     notes.print(
         f"[dim]loaded in {ready - start:.1f} s, first text after {first:.2f} s, all after {time.perf_counter() - ready:.2f} s[/dim]"
     )
 
 
-def ask(prompt: str, images: list[Path], videos: list[Path], raw: bool = False) -> Any:
-    """The request of a command line: a user's message with pictures at their marks, or in front of a text without marks."""
-    if raw:
-        return llava_fast.Request(prompt, images=[str(p) for p in images], videos=[str(p) for p in videos])
-    if "<image>" not in prompt and "<video>" not in prompt:
-        prompt = "<image>" * len(images) + "<video>" * len(videos) + prompt
-    marks = prompt.count("<image>"), prompt.count("<video>")
-    if marks != (len(images), len(videos)):
-        raise ValueError(
-            f"the prompt has {marks[0]} <image> and {marks[1]} <video> marks but {len(images)} --image and {len(videos)} --video were given"
+def answers_to_file(
+    model: str,
+    path: Path,
+    out: Path,
+    raw: bool,
+    sampling: llava_fast.SamplingParams,
+    inputs: llava_fast.InputOptions,
+    loading: dict[str, Any],
+    options: dict[str, Any],
+    retry_errors: bool,
+) -> None:
+    from llava_fast.engine.jsonl import RequestFile
+
+    requests = RequestFile(path, sampling, raw)
+    if not out.parent.is_dir():  # said before a model is loaded
+        raise ValueError(f"{out} cannot be written: there is no folder {out.parent}")
+    try:
+        with notes.status(escape(f"loading {model}")):
+            loaded = llava_fast.load(model, **loading)
+        with llava_fast.Engine(loaded, **options) as engine:
+            tally = llava_fast.generate(loaded, requests, sampling, inputs, engine=engine, out=out, retry_errors=retry_errors)
+    except KeyboardInterrupt:
+        done = 0
+        if out.exists():
+            with out.open("rb") as file:
+                done = sum(line.endswith(b"\n") for line in file)
+        notes.print(
+            f"stopped: {out} answers {done} of {len(requests)} requests; the same command goes on from there", markup=False, soft_wrap=True
         )
-    content: list[dict[str, Any]] = []
-    pictures, films = iter(images), iter(videos)
-    rest = prompt
-    while rest:
-        places = [(at, mark) for mark in ("<image>", "<video>") if (at := rest.find(mark)) >= 0]
-        at, mark = min(places, default=(len(rest), ""))
-        if rest[:at]:
-            content.append({"type": "text", "text": rest[:at]})
-        if mark == "<image>":
-            content.append({"type": "image", "image": str(next(pictures))})
-        elif mark == "<video>":
-            content.append({"type": "video", "video": str(next(films))})
-        rest = rest[at + len(mark) :]
-    return [{"role": "user", "content": content}]
+        raise typer.Exit(130) from None
+    except OSError as error:  # a full disk, say
+        raise ValueError(f"{out} could not be written: {error.strerror}; the same command goes on from what it holds") from None
+    stats = engine.stats()
+    first, between = stats.time_to_first_token, stats.inter_token
+    found = f" ({tally.found} of them before)" if tally.found else ""
+    notes.print(
+        f"{out} answers {tally.requests} requests{found}, {tally.errors} of them with an error\n"
+        f"{stats.tokens_per_s:,.1f} tokens/s; to the first token, waiting included: p50 {first['p50']:.2f} s, p95 {first['p95']:.2f} s; "
+        f"between tokens: p50 {between['p50'] * 1e3:.1f} ms, p95 {between['p95'] * 1e3:.1f} ms, p99 {between['p99'] * 1e3:.1f} ms\n"
+        f"reused: {stats.prefix_reused:.0%} of prompt rows, {stats.pictures_reused:.0%} of pictures",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def count_bytes(text: str) -> int:
+    """A number of bytes: 2GiB, 1.5 GB, 500000. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?", text.strip().lower())
+    if match is None:
+        raise ValueError(f"a number of bytes is written like 500000, 1.5GB or 2GiB, got {text!r}")
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix) + 1 if prefix else 0))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -100,6 +100,7 @@ class Request:
     images and videos fill the marks of a string prompt (or of messages whose items carry no picture) in order.
     sampling and inputs, where given, are used instead of those of the call.  priority: higher ones are begun first.
     deadline: seconds after the call; a request that is not done by then ends with what it has, as an error.
+    id: a name of the caller's, which goes with its answer into a file.
     Raises ValueError for a field of another kind.
     """
 
@@ -110,6 +111,7 @@ class Request:
     inputs: InputOptions | None = None
     priority: int = 0
     deadline: float | None = None
+    id: str | int | None = None
 
     def __post_init__(self) -> None:
         require(isinstance(self.prompt, (str, list)), "prompt", self.prompt, "a string or a list of chat messages")
@@ -119,7 +121,38 @@ class Request:
         require(self.inputs is None or isinstance(self.inputs, InputOptions), "inputs", self.inputs, "InputOptions or None")
         require(is_int(self.priority), "priority", self.priority, "an integer")
         require(self.deadline is None or is_number(self.deadline), "deadline", self.deadline, "a finite number of seconds or None")
+        require(self.id is None or isinstance(self.id, str) or is_int(self.id), "id", self.id, "a string, an integer or None")
         _check_unicode(self.prompt)
+
+
+def ask(prompt: str, images: Sequence[str], videos: Sequence[str], raw: bool = False) -> Request:
+    """A user's message with pictures at their marks, or in front of a text without marks; `raw`: the prompt as the model is to see it.
+
+    Raises ValueError with both counts where marks and media differ in number.
+    """
+    if raw:
+        return Request(prompt, images=list(images), videos=list(videos))
+    if "<image>" not in prompt and "<video>" not in prompt:
+        prompt = "<image>" * len(images) + "<video>" * len(videos) + prompt
+    marks = prompt.count("<image>"), prompt.count("<video>")
+    if marks != (len(images), len(videos)):
+        raise ValueError(
+            f"the prompt has {marks[0]} <image> and {marks[1]} <video> marks but {len(images)} images and {len(videos)} videos were given"
+        )
+    content: list[dict[str, Any]] = []
+    pictures, films = iter(images), iter(videos)
+    rest = prompt
+    while rest:
+        places = [(at, mark) for mark in ("<image>", "<video>") if (at := rest.find(mark)) >= 0]
+        at, mark = min(places, default=(len(rest), ""))
+        if rest[:at]:
+            content.append({"type": "text", "text": rest[:at]})
+        if mark == "<image>":
+            content.append({"type": "image", "image": next(pictures)})
+        elif mark == "<video>":
+            content.append({"type": "video", "video": next(films)})
+        rest = rest[at + len(mark) :]
+    return Request([{"role": "user", "content": content}])
 
 
 @dataclass

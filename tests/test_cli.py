@@ -66,7 +66,7 @@ def test_generate_quantised(checkpoints, pictures, capsys, monkeypatch):
     [
         (["generate", "-m", "/nowhere", "Hello"], "neither a checkpoint directory nor a hub id"),
         (["generate", "-m", "{model}", "-i", "absent.png", "What?"], "absent.png"),
-        (["generate", "-m", "{model}", "<image> What?"], "1 <image> and 0 <video> marks but 0 --image and 0 --video"),
+        (["generate", "-m", "{model}", "<image> What?"], "1 <image> and 0 <video> marks but 0 images and 0 videos"),
         (["generate", "-m", "{model}", "--temperature", "nan", "What?"], "temperature must be a finite number >= 0, got nan"),
         (["info", "/nowhere"], "neither a checkpoint directory nor a hub id"),
         (["info"], "a checkpoint or --kernels"),
@@ -136,9 +136,9 @@ def test_raw_order_and_aspect(checkpoints, pictures, monkeypatch, capsys):
 
 
 def test_pictures_stand_at_their_marks():
-    ((message,),) = [ask("Is <image> before <image>?", ["a.png", "b.png"], [])]
+    (message,) = ask("Is <image> before <image>?", ["a.png", "b.png"], []).prompt
     assert [item.get("image", item.get("text")) for item in message["content"]] == ["Is ", "a.png", " before ", "b.png", "?"]
-    ((front,),) = [ask("Which?", ["a.png"], ["c.mp4"])]
+    (front,) = ask("Which?", ["a.png"], ["c.mp4"]).prompt
     assert [item["type"] for item in front["content"]] == ["image", "video", "text"]
 
 

@@ -71,7 +71,7 @@ class Engine:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if page not in PAGES:
             raise ValueError(f"page must be one of {', '.join(map(str, PAGES))} rows, got {page!r}")
-        self.model = model
+        self.model, self.max_running = model, max_running
         self._core = Core(
             model,
             kv_cache_bytes=kv_cache_bytes,
@@ -172,6 +172,11 @@ class Engine:
 
     def __exit__(self, kind: Any, *_: Any) -> None:
         self.close(cancel=kind is not None)
+
+    @property
+    def fault(self) -> BaseException | None:
+        """What stopped the engine itself; its requests all ended as errors then."""
+        return self._fatal
 
     def stats(self) -> Stats:
         """Counts, latencies and rates since the engine was made."""
