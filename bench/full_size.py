@@ -25,11 +25,11 @@ from llava_fast.inputs.templates import INTERLEAVE_CHAT_TEMPLATE
 TEXTS = ["What is in the two pictures, and what do they have in common? Answer in a sentence."]
 
 
-def config_05b(image_token_id: int) -> LlavaConfig:
+def config_05b(image_token_id: int, tower_layers: int = 26, decoder_layers: int = 24) -> LlavaConfig:
     vision = SiglipVisionConfig(
         hidden_size=1152,
         intermediate_size=4304,
-        num_hidden_layers=26,
+        num_hidden_layers=tower_layers,
         num_attention_heads=16,
         image_size=384,
         patch_size=14,
@@ -39,7 +39,7 @@ def config_05b(image_token_id: int) -> LlavaConfig:
         vocab_size=152_000,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=24,
+        num_hidden_layers=decoder_layers,
         num_attention_heads=16,
         num_key_value_heads=16,
         max_position_embeddings=32_768,
@@ -56,11 +56,11 @@ def config_05b(image_token_id: int) -> LlavaConfig:
     )
 
 
-def make_full_size(directory: Path, seed: int = 0) -> Path:
-    """Write the checkpoint in bf16. Matrices are N(0, 1 / inputs), so that activations keep their size through the depth."""
+def make_full_size(directory: Path, seed: int = 0, tower_layers: int = 26, decoder_layers: int = 24) -> Path:
+    """Write the checkpoint in bf16, or one of fewer layers of the same widths. Matrices are N(0, 1 / inputs), so that activations keep their size through the depth."""
     tokenizer = train_tokenizer(TEXTS)
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config_05b(tokenizer.convert_tokens_to_ids("<image>")))
+        model = LlavaForConditionalGeneration(config_05b(tokenizer.convert_tokens_to_ids("<image>"), tower_layers, decoder_layers))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

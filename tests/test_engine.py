@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fast as lf
 from llava_fast.batch import splice
@@ -209,6 +210,47 @@ def test_chunks_of_any_size(rows, page, cached, model, asks, alone) -> None:
     drive(core, jobs, [0] * 6)
     assert answers(jobs) == alone[:6]
     assert_clean(core)
+
+
+@pytest.fixture(scope="module", params=["qwen", "qwen_untied", "llama"])
+def theirs(request, checkpoints) -> tuple[lf.LlavaFast, list[lf.Request], list[list[int]]]:
+    """A model, requests of every form, and transformers' greedy ids for them, in fp32."""
+    directory = checkpoints[request.param]
+    hf = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(directory)
+    texts = ["What are these?", "<image>\nWhat?", "A <image> and <image>, then?", "<image>", "<image>\nWhat? And <image><image>"]
+    requests, expected = [], []
+    for i, text in enumerate(texts):
+        images = [picture(10 * (i % 2) + k) for k in range(text.count("<image>"))]
+        requests.append(lf.Request(text, images=images))
+        inputs = processor(images=images or None, text=text, return_tensors="pt")
+        ids = hf.generate(**inputs, max_new_tokens=12, do_sample=False)
+        expected.append(ids[0, inputs["input_ids"].shape[1] :].tolist())
+    return lf.load(directory, dtype=torch.float32), requests, expected
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64, 2048])
+@pytest.mark.parametrize("page", [16, 64])
+@pytest.mark.parametrize("cached", [True, False])
+def test_tokens_are_those_of_transformers(rows, page, cached, theirs) -> None:
+    model, requests, expected = theirs
+    with lf.Engine(model, max_rows=rows, page=page, prefix_cache=cached, feature_cache_bytes=1 << 20 if cached else 0) as engine:
+        for _ in range(2):  # the second time what was kept is used
+            completions = lf.generate(model, requests, max_new_tokens=12, engine=engine)
+            assert [completion.token_ids for completion in completions] == expected
+        assert (engine.stats().prefix_reused > 0) == cached
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_narrower_caches(dtype, checkpoints) -> None:
+    model = lf.load(checkpoints["qwen_untied"], dtype=torch.float32)
+    ask = lf.Request("<image>What are these?", images=[picture(1)])
+    exact = lf.generate(model, ask, GREEDY)
+    with lf.Engine(model, kv_dtype=dtype) as engine:
+        (answer,) = engine.submit(ask, replace(GREEDY, logprobs=True)).result(60)
+        assert engine.stats().kv_bytes == engine.stats().blocks * 64 * 2 * 3 * 64 * dtype.itemsize
+    assert answer.finish_reason in ("stop", "length") and answer.logprobs is not None
+    assert answer.token_ids[0] == exact.token_ids[0]
 
 
 def test_a_second_question_computes_its_new_tokens_alone(model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 from llava_fast.requests import Completion
 
+log = logging.getLogger(__name__)
 
 class Delta(NamedTuple):
     """sample: which of the request's n completions.  finish_reason: where it ends; the text of an error is its message."""
@@ -77,7 +79,10 @@ class Handle:
 
     def push(self, delta: Delta) -> None:
         if self._on_delta is not None:
-            self._on_delta(self, delta)
+            try:
+                self._on_delta(self, delta)
+            except Exception:  # the caller's, in the engine's thread, which has others to serve
+                log.exception("on_delta of request %d failed", self.number)
             return
         with self._changed:
             self._unread.setdefault(delta.sample, []).append(delta.text)

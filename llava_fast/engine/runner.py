@@ -21,6 +21,7 @@ from llava_fast.engine.replay import Replay
 from llava_fast.engine.sampling import Sampler
 from llava_fast.engine.scheduler import Plan, Work
 from llava_fast.engine.sequence import Picture
+from llava_fast.kernels import registry
 from llava_fast.models.decoder import KVCache
 from llava_fast.models.llava import Llava
 
@@ -73,7 +74,7 @@ class Runner:
         self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
         self.sampler = Sampler(model.config.decoder.vocab_size, device)
         self.weights = [parameter.data for parameter in model.parameters()]  # a recorded step holds addresses
-        self.graphs = graphs and device.type == "cuda"
+        self.graphs = graphs and device.type == "cuda" and capturable(model, dtype)
         self._steps: dict[int, DecodeStep] = {}
         if self.graphs:  # the largest first: the others live in its memory
             pool = None
@@ -198,6 +199,13 @@ class Runner:
         if (ids < 0).any():
             ids_S = torch.where(ids_S < 0, self.last_tokens[slots_S], ids_S)
         return step(ids_S, positions_S, table_SB)[:count], slots_S
+
+
+def capturable(model: Llava, kv_dtype: torch.dtype) -> bool:
+    """Whether a decode step runs without waiting for the device: the reference ops read lengths and slots on the host."""
+    d, dtype = model.config.decoder.head_dim, model.compute_dtype
+    attention = registry.resolve_name("paged_attention", "cuda", dtype, (d, str(kv_dtype).removeprefix("torch.")))
+    return "reference" not in (attention, registry.resolve_name("rope", "cuda", dtype))
 
 
 def buckets(most: int) -> list[int]:

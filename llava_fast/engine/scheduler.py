@@ -80,7 +80,7 @@ class Scheduler:
 
     def drop(self, sequence: Sequence) -> None:
         """It is over, whatever its state."""
-        if sequence in self.running:
+        if sequence.slot >= 0:
             self._give_up(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -90,7 +90,7 @@ class Scheduler:
         plan = Plan()
         self._rows, self._views = self.max_rows, self.max_views
         for sequence in [s for s in self.running if s.decoding]:
-            if sequence in self.running and sequence.produced < sequence.max_new and self._grow(sequence, sequence.length):
+            if sequence.slot >= 0 and sequence.produced < sequence.max_new and self._grow(sequence, sequence.length):
                 self._put(plan, sequence, guess)
         for sequence in [s for s in self.running if not s.decoding]:
             self._put(plan, sequence)
