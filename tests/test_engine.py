@@ -241,16 +241,16 @@ def test_tokens_are_those_of_transformers(rows, page, cached, theirs) -> None:
         assert (engine.stats().prefix_reused > 0) == cached
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn])
-def test_narrower_caches(dtype, checkpoints) -> None:
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.05), (torch.float16, 0.01), (torch.float8_e4m3fn, 0.3)])
+def test_narrower_caches(dtype, tolerance, checkpoints) -> None:
     model = lf.load(checkpoints["qwen_untied"], dtype=torch.float32)
     ask = lf.Request("<image>What are these?", images=[picture(1)])
-    exact = lf.generate(model, ask, GREEDY)
+    exact = lf.generate(model, ask, replace(GREEDY, logprobs=True))
     with lf.Engine(model, kv_dtype=dtype) as engine:
         (answer,) = engine.submit(ask, replace(GREEDY, logprobs=True)).result(60)
         assert engine.stats().kv_bytes == engine.stats().blocks * 64 * 2 * 3 * 64 * dtype.itemsize
     assert answer.finish_reason in ("stop", "length") and answer.logprobs is not None
-    assert answer.token_ids[0] == exact.token_ids[0]
+    assert abs(answer.logprobs[0] - exact.logprobs[0]) < tolerance
 
 
 def test_a_second_question_computes_its_new_tokens_alone(model) -> None:
