@@ -22,10 +22,21 @@ from bench.many_requests import photograph, prompt
 from bench.memory import median_of, run_in_turns
 
 ROUNDS = 3
+SHOWN = (
+    "time_to_first_token",
+    "inter_token",
+    "tokens_per_s",
+    "views_per_s",
+    "prefix_reused",
+    "pictures_reused",
+    "host_ms_per_step",
+    "decode_gbs",
+    "prefill_gflops",
+)
 
 
 @pytest.mark.parametrize("kind, layers, rounds", [("m4", 2, 1), ("long", 6, 2)])
-def test_many_requests(kind: str, layers: int, rounds: int, tmp_path: Path, benchmark: Any, record_row: Any) -> None:
+def test_many_requests(kind: str, layers: int, rounds: int, tmp_path: Path, benchmark: Any, record_row: Any, limits: Any) -> None:
     checkpoint = make_full_size(tmp_path / "model", tower_layers=layers, decoder_layers=layers)
     sides = ("llava_fast", "transformers")
     commands = {side: ["-m", "bench.many_requests", side, kind, str(checkpoint)] for side in sides}
@@ -36,6 +47,10 @@ def test_many_requests(kind: str, layers: int, rounds: int, tmp_path: Path, benc
         name = {"anon": "anon_bytes"}.get(key, key)
         row[f"ours_{name}"], row[f"baseline_{name}"] = median_of(ours, key), median_of(theirs, key)
         row[f"ratio_{name}"] = row[f"baseline_{name}"] / row[f"ours_{name}"]
+    stats, machine = ours[0].report["stats"], limits("cpu")
+    row["stats"] = {name: stats[name] for name in SHOWN}
+    row["decode_of_limit"] = stats["decode_gbs"] / machine.read_gbs
+    row["prefill_of_limit"] = stats["prefill_gflops"] / machine.fma_fp32_gflops
     row["requests"] = len(ours[0].report["ids"])
     row["equal_requests"] = sum(a == b for a, b in zip(ours[0].report["ids"], theirs[0].report["ids"], strict=True))
     assert row["equal_requests"] >= 0.8 * row["requests"], row

@@ -7,6 +7,7 @@ Prints JSON: seconds and peak included by who watches, requests a second, millis
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -67,6 +68,7 @@ def with_llava_fast(kind: str, checkpoint: str) -> dict[str, Any]:
         "requests_per_s": len(asked) / total,
         "decode_ms": stats.inter_token["p50"] * 1e3,
         "ids": [answer.token_ids for answer in answers],
+        "stats": dataclasses.asdict(stats),
     }
 
 

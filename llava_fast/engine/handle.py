@@ -13,6 +13,7 @@ from llava_fast.requests import Completion
 
 log = logging.getLogger(__name__)
 
+
 class Delta(NamedTuple):
     """sample: which of the request's n completions.  finish_reason: where it ends; the text of an error is its message."""
 

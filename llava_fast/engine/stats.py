@@ -37,6 +37,7 @@ class Counters:
     prompt_rows: int = 0
     decode_steps: int = 0
     decode_rows: int = 0
+    decode_keys: int = 0
     new_tokens: int = 0
     views: int = 0
     pictures: int = 0
@@ -64,6 +65,7 @@ class Counters:
         self.prompt_rows += plan.rows - decoding  # guesses of decoding sequences among them
         if decoding == len(plan.works):
             self.decode_steps += 1
+            self.decode_keys += sum(work.last for work in plan.works)
             self.decode_seconds += decoder
         else:
             self.prefill_seconds += decoder
@@ -86,7 +88,7 @@ class Stats:
     time_to_first_token: from submission.  inter_token: between two tokens of a sequence.  tokens_per_s: new tokens over the time that the
     engine was at work, views_per_s: views over that of the tower.  prefix_reused: of the prompts' rows, the share found in the cache.
     pictures_reused: of the pictures that were needed, the share not shown to the tower.  host_ms_per_step: planning, and making text of
-    tokens.  decode_gbs: bytes of weights that decode steps read over their time, prefill_gflops: operations of the layers' products over
+    tokens.  decode_gbs: bytes of weights, keys and values that decode steps read over their time, prefill_gflops: operations of the layers' products over
     the time of the other steps: to be held against the limits.
     """
 
@@ -134,6 +136,7 @@ def read(core: Core, waiting: int, worked: float) -> Stats:
     c, scheduler, decoder = core.counters, core.scheduler, core.model.config.decoder
     attention = 2 * (decoder.heads + decoder.kv_heads) * decoder.head_dim * decoder.width
     per_row = 2 * decoder.layers * (attention + 3 * decoder.mlp_width * decoder.width)
+    decode_bytes = weight_bytes(core.model) * c.decode_steps + c.decode_keys * core.block_bytes // core.page
     return Stats(
         waiting=waiting,
         running=len(scheduler.running),
@@ -154,7 +157,7 @@ def read(core: Core, waiting: int, worked: float) -> Stats:
         kv_bytes=core.pool.count * core.block_bytes,
         feature_bytes=core.features.bytes,
         host_ms_per_step=c.host_seconds / max(c.steps, 1) * 1e3,
-        decode_gbs=weight_bytes(core.model) * c.decode_steps / c.decode_seconds / 1e9 if c.decode_seconds else 0.0,
+        decode_gbs=decode_bytes / c.decode_seconds / 1e9 if c.decode_seconds else 0.0,
         prefill_gflops=per_row * c.prompt_rows / c.prefill_seconds / 1e9 if c.prefill_seconds else 0.0,
         drafted=c.drafted,
         accepted=c.accepted,
