@@ -61,8 +61,8 @@ def test_many_requests(kind: str, layers: int, rounds: int, tmp_path: Path, benc
 def test_second_question(full_size: Path, benchmark: Any, record_row: Any) -> None:
     """Seconds to the first token of another question on four photographs that were asked about before.
 
-    As used: processor and generate over the whole prompt. By hand: the prompt up to the question in a cache that is cropped for each question,
-    the question alone tokenised and fed.
+    As used: processor and generate over the whole prompt. By hand: the prompt up to the question in a cache that is cropped for each
+    question, the question alone tokenised and fed.
     """
     pictures = [photograph(i, (640, 480)) for i in range(4)]
     texts = [f"{n} What is in the pictures, and what do they have in common?" for n in ("First.", "And now?", "Then.", "Once more.")]

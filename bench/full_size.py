@@ -57,7 +57,10 @@ def config_05b(image_token_id: int, tower_layers: int = 26, decoder_layers: int 
 
 
 def make_full_size(directory: Path, seed: int = 0, tower_layers: int = 26, decoder_layers: int = 24) -> Path:
-    """Write the checkpoint in bf16, or one of fewer layers of the same widths. Matrices are N(0, 1 / inputs), so that activations keep their size through the depth."""
+    """Write the checkpoint in bf16, or one of fewer layers of the same widths.
+
+    Matrices are N(0, 1 / inputs), so that activations keep their size through the depth.
+    """
     tokenizer = train_tokenizer(TEXTS)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config_05b(tokenizer.convert_tokens_to_ids("<image>"), tower_layers, decoder_layers))

@@ -88,8 +88,8 @@ class Stats:
     time_to_first_token: from submission.  inter_token: between two tokens of a sequence.  tokens_per_s: new tokens over the time that the
     engine was at work, views_per_s: views over that of the tower.  prefix_reused: of the prompts' rows, the share found in the cache.
     pictures_reused: of the pictures that were needed, the share not shown to the tower.  host_ms_per_step: planning, and making text of
-    tokens.  decode_gbs: bytes of weights, keys and values that decode steps read over their time, prefill_gflops: operations of the layers' products over
-    the time of the other steps: to be held against the limits.
+    tokens.  decode_gbs: bytes of weights, keys and values that decode steps read over their time, prefill_gflops: operations of the
+    layers' products over the time of the other steps: to be held against the limits.
     """
 
     waiting: int
