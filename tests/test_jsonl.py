@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import re
@@ -21,7 +22,8 @@ import llava_fast as lf
 from llava_fast.cli import count_bytes, main
 from llava_fast.engine import generate as generate_module
 from llava_fast.engine.core import Core
-from llava_fast.engine.jsonl import BadLine, RequestFile, Tally, fingerprint
+from llava_fast.engine.job import Job
+from llava_fast.engine.jsonl import Answers, BadLine, RequestFile, Tally, fingerprint
 from llava_fast.requests import InputOptions, SamplingParams
 
 SETTINGS = dict(max_new_tokens=4)
@@ -125,6 +127,12 @@ def test_other_requests_than_those_of_the_file(model, checkpoints, tmp_path, sub
     with pytest.raises(ValueError, match="request 0 .* its model differ"):
         lf.generate(lf.load(checkpoints["qwen_untied"], quantise="int8"), again(requests), out=out, **SETTINGS)
     assert out.read_bytes() == before and not submitted
+    if again is list:  # told before those without a line are run
+        out.write_bytes(before.splitlines(keepends=True)[-1])
+        with pytest.raises(ValueError, match="its prompt or its pictures differ"):
+            lf.generate(model, [lf.Request(f"{i}") for i in range(3)], out=out, **SETTINGS)
+        assert not submitted
+        out.write_bytes(before)
     more = lf.generate(model, again([*requests, "He"]), out=out, **SETTINGS)  # what comes after is no other list
     assert len(submitted) == 1 and (more == Tally(4, 0, 3) if again is iter else len(more) == 4)
 
@@ -180,6 +188,7 @@ def test_errors_are_run_again_when_asked_for(model, tmp_path, submitted):
         lf.generate(model, [*requests[:4], "Now?", "What?"], out=out, **SETTINGS)
     save_picture(tmp_path / "a.png")
     requests[4] = "Now?"
+    (tmp_path / "out.jsonl.part").write_text("what a kill left of another try")
     again = lf.generate(model, requests, out=out, retry_errors=True, **SETTINGS)
     assert [c.finish_reason == "error" for c in again] == [False, False, True, False, False, False]
     assert len(submitted) == 2 and [told([again[i]]) for i in (0, 3, 5)] == [told([first[i]]) for i in (0, 3, 5)]
@@ -208,6 +217,49 @@ def test_iterators_are_taken_as_there_is_room(model, tmp_path, monkeypatch):
     assert lf.generate(model, requests(), out=out, **SETTINGS) == Tally(count, 0, count - 3)
     with pytest.raises(ValueError, match=r"or a list of these \(with out, any iterable\), got generator"):
         lf.generate(model, requests(), **SETTINGS)
+
+
+def test_requests_that_are_over_are_let_go(model, tmp_path):
+    """Long before their deadlines, which may be centuries away."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(thing) is Job for thing in gc.get_objects())
+
+    with lf.Engine(model) as engine:
+        before = alive()
+        requests = (lf.Request(f"What {i}?", deadline=1e10) for i in range(100))
+        assert lf.generate(model, requests, out=tmp_path / "out.jsonl", engine=engine, **SETTINGS) == Tally(100, 0, 0)
+        assert alive() - before < 20
+
+
+def test_lines_do_not_wait_for_a_slow_iterator(model, tmp_path):
+    with lf.Engine(model) as engine:
+
+        def requests():
+            yield "Hi"
+            while engine.stats().finished < 1:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            yield "Ho"
+            assert len(lines(tmp_path / "out.jsonl")) == 1
+            yield "What?"
+
+        assert lf.generate(model, requests(), out=tmp_path / "out.jsonl", engine=engine, **SETTINGS) == Tally(3, 0, 0)
+
+
+def test_a_full_disk_ends_the_run(model, tmp_path, monkeypatch):
+    def full(self, index, completions):
+        raise OSError(28, "No space left on device")
+
+    with lf.Engine(model, max_running=1) as engine:
+        monkeypatch.setattr(Answers, "append", full)
+        with pytest.raises(OSError, match="No space left") as kept:
+            lf.generate(model, iter(PROMPTS), out=tmp_path / "out.jsonl", engine=engine, max_new_tokens=200)
+        end = time.monotonic() + 20
+        while engine.stats().cancelled < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert engine.stats().cancelled == 3 and kept is not None  # of the four that were with it
 
 
 def test_an_iterator_that_fails_leaves_what_is_done(model, tmp_path):

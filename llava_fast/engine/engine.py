@@ -151,6 +151,9 @@ class Engine:
     def _forget(self, handle: Handle) -> None:
         with self._wake:
             self._jobs.pop(handle, None)
+            if len(self._deadlines) > 2 * len(self._jobs) + 16:  # those that are over would keep their pictures until then
+                self._deadlines = [entry for entry in self._deadlines if not entry[2].over]
+                heapq.heapify(self._deadlines)
 
     def _cancel(self, handle: Handle) -> None:
         with self._wake:
@@ -232,7 +235,8 @@ class Engine:
                     break
                 if self._closing and not self._jobs:
                     return False
-                self._wake.wait(None if next_end == float("inf") else max(next_end - time.perf_counter(), 0.0))
+                # At most an hour: a wait of centuries overflows.
+                self._wake.wait(None if next_end == float("inf") else min(max(next_end - time.perf_counter(), 0.0), 3600.0))
             arrived, self._arrived = self._arrived, []
             cancelled, self._cancels = [self._jobs[handle] for handle in self._cancels if handle in self._jobs], []
             late = []

@@ -8,7 +8,7 @@ import os
 import queue
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from llava_fast.checks import closest
@@ -213,15 +213,14 @@ def _write(
     with _engine(model, engine) as running, ProgressLine(running, None if total < 0 else total, len(answers.found), progress) as line:
         todo = answers.missing(map(as_request, requests))
         results = {index: answers.read(index) for index in answers.found} if keep else {}
-        with closing(serve(running, todo, sampling, inputs, single, deltas=False, ahead=AHEAD * running.max_running)) as events:
-            for index, event in events:
-                assert isinstance(event, list)
-                if running.fault is not None:
-                    raise RuntimeError(f"the engine stopped; {answers.shown} holds what was done before") from running.fault
-                answers.append(index, event)
-                line.advance()
-                if keep:
-                    results[index] = event
+        for index, event in serve(running, todo, sampling, inputs, single, deltas=False, ahead=AHEAD * running.max_running):
+            assert isinstance(event, list)
+            if running.fault is not None:
+                raise RuntimeError(f"the engine stopped; {answers.shown} holds what was done before") from running.fault
+            answers.append(index, event)
+            line.advance()
+            if keep:
+                results[index] = event
     return results
 
 
