@@ -19,6 +19,7 @@ void bind_attention(py::module_& m);
 void bind_cross_entropy(py::module_& m);
 void bind_linear(py::module_& m);
 void bind_rowwise(py::module_& m);
+void bind_sampling(py::module_& m);
 }  // namespace llava_fast
 
 PYBIND11_MODULE(_cpu, m) {
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_cpu, m) {
     bind_pool_types(m);
     bind_cross_entropy(m);
     bind_rowwise(m);
+    bind_sampling(m);
     m.def(
         "spatial_pool_forward",
         [](DType dtype, PoolMode mode, const PoolShape& shape, std::uintptr_t table, std::uintptr_t source, std::uintptr_t out,

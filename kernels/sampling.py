@@ -12,6 +12,13 @@ The draw is the argmax of z - log E, E = -log(1 - u) exponential (the Gumbel-max
 from Philox 4x32-10 (Salmon et al., SC11) keyed by the row's seed, at counter (token / 4, 0, step), output token % 4: a row's draw
 depends on its logits, its parameters, seed and step, and on nothing else in the batch.
 
+`cpu` draws with the same words and the same order of roundings. Its top-k, ties and argmax are exactly the reference's. Where it may
+differ: log E is the nearest float to the logarithm of a float there, which torch's log is to within a last place (so a draw may
+differ where the two best scores are some 4e-6 apart); top-p sums float exp(z - max) in double and compares with (1 - p) times their
+sum, min-p compares z - max with log m, where the reference rounds each probability to fp32 (so a token may differ whose summed
+probability, or whose ratio, is within some 1e-6 of the border, relatively). A row with a NaN gives the place of its first NaN, one
+without a finite logit 0, in both.
+
 Shape letters: S rows, V vocabulary. fp32.
 """
 
@@ -23,7 +30,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from llava_fast.kernels import registry
+from llava_fast.kernels import _native, registry
 from llava_fast.kernels._sampling_triton import sample_triton, shipped_calls  # noqa: F401 (shipped_calls: what is compiled ahead)
 from llava_fast.kernels._triton import DEVICES
 from llava_fast.kernels.registry import Implementation
@@ -112,7 +119,43 @@ def sample_reference(
     return torch.where(greedy, z_SV.argmax(-1), score.argmax(-1))
 
 
-_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"triton": sample_triton, "reference": sample_reference}
+def _rows_of(matrix: Tensor) -> tuple[Tensor, int]:
+    """A matrix of contiguous rows, and the elements from one to the next."""
+    matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix, matrix.stride(0)
+
+
+def sample_cpu(
+    logits_SV: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    seeds: Tensor,
+    steps: Tensor,
+    repetition: Tensor | None,
+    presence: Tensor | None,
+    frequency: Tensor | None,
+    counts: Tensor | None,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """kept [S, V], for tests: of rows that filter, the logits that are drawn from, -inf for the rest."""
+    logits_SV, stride = _rows_of(logits_SV)
+    counts = None if counts is None else counts.contiguous()
+    tokens = torch.empty_like(seeds)
+    address = _native.address
+    _native.cpu().sampling(
+        *logits_SV.shape, stride, address(logits_SV), address(temperature), address(seeds), address(steps),
+        address(top_k), top_k is not None and top_k.dtype == torch.int32,
+        address(top_p), _native.element(torch.float32 if top_p is None else top_p.dtype),
+        address(min_p), _native.element(torch.float32 if min_p is None else min_p.dtype),
+        address(repetition), address(presence), address(frequency), address(counts),
+        address(tokens), address(kept), torch.get_num_threads(),
+    )  # fmt: skip
+    return tokens
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"cpu": sample_cpu, "triton": sample_triton, "reference": sample_reference}
 
 
 @torch.library.custom_op("llava_fast::sample", mutates_args=())
@@ -147,6 +190,7 @@ _DTYPES = {"seeds": _WORDS, "steps": _WORDS, "top_k": (torch.int32, torch.int64)
 registry.register(
     "sampling",
     {
+        "cpu": Implementation(("cpu",), (torch.float32,), modules=("llava_fast._cpu",)),
         "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
         "triton": Implementation(DEVICES, (torch.float32,), modules=("triton",), default=False),
@@ -199,3 +243,13 @@ def sample(
     name = registry.resolve_name("sampling", logits_SV.device.type, logits_SV.dtype)
     run = partial(_sample, implementation=name) if torch.compiler.is_compiling() else _IMPLEMENTATIONS[name]
     return run(logits_SV, *by_row, counts)
+
+
+def argmax(logits_SV: Tensor) -> Tensor:
+    """The largest logit of each row, int64 [S]: the first of equal ones, a NaN before all. On the CPU torch's takes ?x as long."""
+    if not logits_SV.is_cpu or logits_SV.dtype != torch.float32 or registry.resolve_name("sampling", "cpu", torch.float32) != "cpu":
+        return logits_SV.argmax(-1)
+    logits_SV, stride = _rows_of(logits_SV)
+    tokens = torch.empty(logits_SV.shape[0], dtype=torch.int64)
+    _native.cpu().argmax(*logits_SV.shape, stride, logits_SV.data_ptr(), tokens.data_ptr(), torch.get_num_threads())
+    return tokens

@@ -72,6 +72,9 @@ static inline vec load(const f16* p, int64_t n) {
 static inline vec load(const int8_t* p, int64_t n) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(lanes(n), p)));
 }
+static inline vec load(const int32_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_loadu_si512(p));
+}
 // Each lane shifts its own four bits down; the table look-up reads no more of the index.
 static inline vec load(const nibbles* p) {
     int64_t bytes;
@@ -140,6 +143,14 @@ static inline float sum(vec a) {
 static inline float largest(vec a) {
     return _mm512_reduce_max_ps(a);
 }
+// Bit i is set where a[i] >= b[i].
+static inline uint32_t at_least(vec a, vec b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+}
+// The integers that the bits of the floats are.
+static inline vec bits(vec a) {
+    return _mm512_cvtepi32_ps(_mm512_castps_si512(a));
+}
 
 #elif defined(__AVX2__)
 
@@ -160,6 +171,9 @@ static inline vec load(const f16* p) {
 }
 static inline vec load(const int8_t* p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+static inline vec load(const int32_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 static inline vec load(const nibbles* p) {
     int32_t bytes;
@@ -243,6 +257,12 @@ static inline float largest(vec a) {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+static inline uint32_t at_least(vec a, vec b) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
+static inline vec bits(vec a) {
+    return _mm256_cvtepi32_ps(_mm256_castps_si256(a));
+}
 
 #else
 
@@ -264,6 +284,11 @@ static inline vec load(const T* p) {
     return x;
 }
 static inline vec load(const int8_t* p) {
+    vec x;
+    for (int64_t i = 0; i < kWidth; ++i) x[i] = static_cast<float>(p[i]);
+    return x;
+}
+static inline vec load(const int32_t* p) {
     vec x;
     for (int64_t i = 0; i < kWidth; ++i) x[i] = static_cast<float>(p[i]);
     return x;
@@ -330,6 +355,15 @@ static inline float largest(vec a) {
     float best = a[0];
     for (int64_t i = 1; i < kWidth; ++i) best = a[i] > best ? a[i] : best;
     return best;
+}
+static inline uint32_t at_least(vec a, vec b) {
+    uint32_t mask = 0;
+    for (int64_t i = 0; i < kWidth; ++i) mask |= static_cast<uint32_t>(a[i] >= b[i]) << i;
+    return mask;
+}
+static inline vec bits(vec a) {
+    for (int64_t i = 0; i < kWidth; ++i) a[i] = static_cast<float>(static_cast<int32_t>(bits_of(a[i])));
+    return a;
 }
 
 #endif

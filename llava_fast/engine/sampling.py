@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llava_fast.engine.scheduler import Work
 from llava_fast.engine.sequence import Sequence
-from llava_fast.kernels.sampling import sample
+from llava_fast.kernels.sampling import argmax, sample
 
 
 def stream_seed(seed: int, index: int) -> int:
@@ -47,11 +47,11 @@ class Sampler:
                 picked[r].index_fill_(0, self._rows(list(sequences[r].eos_ids), torch.int64), -torch.inf)
         params = [sequence.params for sequence in sequences]
         if all(p.temperature == 0 and p.repetition_penalty == 1 for p in params):
-            tokens = picked.argmax(-1)
+            tokens = argmax(picked)
         else:
             drawn = [r for r, p in enumerate(params) if p.temperature > 0 or p.repetition_penalty != 1]
             rows = self._rows(drawn, torch.int64)
-            tokens = picked.argmax(-1) if len(drawn) < len(params) else torch.empty(len(params), dtype=torch.int64, device=self.device)
+            tokens = argmax(picked) if len(drawn) < len(params) else torch.empty(len(params), dtype=torch.int64, device=self.device)
             tokens[rows] = self._draw(picked[rows], [sequences[r] for r in drawn], [before[r] for r in drawn])
         values = torch.zeros(2, len(params), dtype=torch.float64, device=self.device)
         values[0] = tokens

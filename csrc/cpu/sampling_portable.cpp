@@ -1,0 +1,2 @@
+#define ISA portable
+#include "cpu/sampling_kernels.h"
