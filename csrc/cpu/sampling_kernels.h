@@ -19,9 +19,9 @@ namespace ISA {
 
 constexpr int64_t kBlock = 1024;  // logits at a time, in L1
 static_assert(kBlock % Philox::kWords == 0, "a block is whole groups");
-constexpr float kMostNoise = 22.1808f;  // past -log of the smallest u, 2^-32
-constexpr int64_t kBuckets = 2048;
-constexpr float kRange = 32.0f;  // below the largest logit, that buckets divide at first; the last one has the rest too
+constexpr float kMostNoise = 22.1808f;         // past -log of the smallest u, 2^-32
+constexpr int64_t kBuckets = 1024, kWays = 4;  // ways: sums a bucket, so that neighbours of one bucket do not wait for each other
+constexpr float kRange = 32.0f;                // below the largest logit, that buckets divide at first; the last one has the rest too
 
 static inline int64_t smaller(int64_t a, int64_t b) {
     return a < b ? a : b;
@@ -173,32 +173,38 @@ struct Range {
     }
 };
 
-// Two numbers a bucket, so that neighbours of one bucket do not wait for each other.
 struct Counts {
-    int32_t of[kBuckets][2] = {};
+    int32_t of[kBuckets][kWays] = {};
     Counts(const Range& range, const float* z, int64_t n) {
         int32_t bucket[kBlock];
         for (int64_t v = 0; v < n; v += kBlock) {
             const int64_t m = smaller(kBlock, n - v);
             range.buckets(z + v, m, bucket);
-            for (int64_t i = 0; i < m; ++i) ++of[bucket[i]][i % 2];
+            for (int64_t i = 0; i < m; ++i) ++of[bucket[i]][i % kWays];
         }
     }
+    int64_t in(int32_t b) const { return int64_t{of[b][0]} + of[b][1] + of[b][2] + of[b][3]; }
 };
 
-// exp(z - high) summed in double.
+// exp(z - high), what is less than 2e-38 as that: it weighs nothing, and numbers under 2^-126 cost more than the rest of the pass.
+static inline vec weigh(vec z, float high) {
+    return exp(max(z - splat(high), splat(-87.0f)));
+}
+
+// Weights summed in double.
 struct Masses {
-    double of[kBuckets][2] = {};
+    double of[kBuckets][kWays] = {};
     Masses(const Range& range, const float* z, int64_t n, float high) {
         int32_t bucket[kBlock];
         float weight[kBlock];
         for (int64_t v = 0; v < n; v += kBlock) {
             const int64_t m = smaller(kBlock, n - v);
             range.buckets(z + v, m, bucket);
-            each(m, [&](int64_t i, int64_t lanes) { store(weight + i, exp(load_some(z + v + i, lanes) - splat(high))); });
-            for (int64_t i = 0; i < m; ++i) of[bucket[i]][i % 2] += static_cast<double>(weight[i]);
+            each(m, [&](int64_t i, int64_t lanes) { store(weight + i, weigh(load_some(z + v + i, lanes), high)); });
+            for (int64_t i = 0; i < m; ++i) of[bucket[i]][i % kWays] += static_cast<double>(weight[i]);
         }
     }
+    double in(int32_t b) const { return (of[b][0] + of[b][1]) + (of[b][2] + of[b][3]); }
 };
 
 // The logits of a bucket, into `out`, which may be z. Returns their number.
@@ -232,7 +238,7 @@ static inline float kth_largest(const float* z, int64_t n, int64_t k, float high
     for (int64_t above = 0;;) {
         const Counts counts(range, z, n);
         int32_t b = range.last();
-        for (int64_t here; above + (here = counts.of[b][0] + counts.of[b][1]) < k; --b) above += here;
+        for (; above + counts.in(b) < k; --b) above += counts.in(b);
         n = gather(range, b, z, n, list);
         z = list;
         range = range_of(z, n);
@@ -254,19 +260,19 @@ static inline Border nucleus(const float* z, int64_t n, float excess, float high
         const Masses masses(range, z, n, high);
         if (limit < 0) {
             limit = 0;
-            for (int32_t b = 0; b <= range.last(); ++b) limit += masses.of[b][0] + masses.of[b][1];
+            for (int32_t b = 0; b <= range.last(); ++b) limit += masses.in(b);
             limit *= static_cast<double>(excess);
         }
         int32_t b = 0;
-        for (double next; b < range.last() && (next = below + (masses.of[b][0] + masses.of[b][1])) <= limit; ++b) below = next;
+        for (; b < range.last() && below + masses.in(b) <= limit; ++b) below += masses.in(b);
         n = gather(range, b, z, n, list);
         z = list;
         range = range_of(z, n);
         if (range.low == range.high) break;
     }
     float weight[kWidth];
-    store(weight, exp(splat(*z - high)));
-    const double each_one = static_cast<double>(weight[0]), fit = each_one > 0 ? (limit - below) / each_one : INFINITY;
+    store(weight, weigh(splat(*z), high));
+    const double fit = (limit - below) / static_cast<double>(weight[0]);
     const int64_t most = *z == high ? n - 1 : n;
     return {*z, fit >= static_cast<double>(most) ? most : static_cast<int64_t>(fit)};
 }
