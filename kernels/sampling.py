@@ -246,7 +246,7 @@ def sample(
 
 
 def argmax(logits_SV: Tensor) -> Tensor:
-    """The largest logit of each row, int64 [S]: the first of equal ones, a NaN before all. On the CPU torch's takes 7 to 18 times as long."""
+    """The largest logit of each row, int64 [S]: the first of equal ones, a NaN before all. torch's takes 7 to 18 times as long on a CPU."""
     if not logits_SV.is_cpu or logits_SV.dtype != torch.float32 or registry.resolve_name("sampling", "cpu", torch.float32) != "cpu":
         return logits_SV.argmax(-1)
     logits_SV, stride = _rows_of(logits_SV)

@@ -55,12 +55,10 @@ static inline bool beats(const Pick& a, const Pick& b) {
 // picks [S, parts]: the best of each of `parts` ranges of a row; of a row that filters, all in the first.
 void sampling_portable(const SamplingTask& task, const SamplingRow* rows, int64_t parts, Pick* picks);
 void argmax_portable(const SamplingTask& task, int64_t parts, Pick* picks);
-#if defined(__x86_64__)
 void sampling_avx2(const SamplingTask& task, const SamplingRow* rows, int64_t parts, Pick* picks);
 void sampling_avx512(const SamplingTask& task, const SamplingRow* rows, int64_t parts, Pick* picks);
 void argmax_avx2(const SamplingTask& task, int64_t parts, Pick* picks);
 void argmax_avx512(const SamplingTask& task, int64_t parts, Pick* picks);
-#endif
 
 // Both throw std::invalid_argument for an empty vocabulary, sampling also for types it does not know.
 void sampling(SamplingTask task);

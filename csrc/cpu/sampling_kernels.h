@@ -13,6 +13,7 @@
 
 #include "cpu/philox.h"
 #include "cpu/sampling.h"
+#include "cpu/scratch.h"
 
 namespace llava_fast {
 namespace ISA {
@@ -277,9 +278,14 @@ static inline Border nucleus(const float* z, int64_t n, float excess, float high
     return {*z, fit >= static_cast<double>(most) ? most : static_cast<int64_t>(fit)};
 }
 
-static inline void draw_filtered(const SamplingTask& task, const SamplingRow& row, int64_t r, const Philox& noise, Pick& best) {
-    const int64_t V = task.V, room = (V + kBlock - 1) / kBlock * kBlock;
-    float *z = sampling_scratch(2 * room), *list = z + room;
+static inline int64_t room_of(int64_t V) {
+    return (V + kBlock - 1) / kBlock * kBlock;
+}
+
+// z: room for two rows.
+static inline void draw_filtered(const SamplingTask& task, const SamplingRow& row, int64_t r, const Philox& noise, float* z, Pick& best) {
+    const int64_t V = task.V, room = room_of(V);
+    float* list = z + room;
     float high = -INFINITY;
     for (int64_t v = 0; v < V; v += kBlock) {
         const int64_t n = smaller(kBlock, V - v);
@@ -365,6 +371,9 @@ static inline int64_t part_begin(int64_t V, int64_t part, int64_t parts) {
 
 void LLAVA_FAST_JOIN(sampling_, ISA)(const SamplingTask& task, const SamplingRow* rows, int64_t parts, Pick* picks) {
     using namespace ISA;
+    bool filtered = false;
+    for (int64_t r = 0; r < task.S; ++r) filtered = filtered || filters(rows[r], task.V);
+    const Scratch scratch(task.threads, filtered ? 2 * room_of(task.V) : 0);
 #pragma omp parallel for schedule(dynamic) num_threads(task.threads) if (task.threads > 1)
     for (int64_t i = 0; i < task.S * parts; ++i) {
         const int64_t r = i / parts, begin = part_begin(task.V, i % parts, parts), end = part_begin(task.V, i % parts + 1, parts);
@@ -380,7 +389,7 @@ void LLAVA_FAST_JOIN(sampling_, ISA)(const SamplingTask& task, const SamplingRow
         } else if (!filters(row, task.V)) {
             draw_all(task, row, r, begin, end, Philox(row.seed, row.step), best);
         } else if (i % parts == 0) {
-            draw_filtered(task, row, r, Philox(row.seed, row.step), best);
+            draw_filtered(task, row, r, Philox(row.seed, row.step), scratch.mine(), best);
         }
         picks[i] = best;
     }
