@@ -15,6 +15,7 @@ from llava_fast.kernels.registry import Implementation
 @pytest.fixture(autouse=True)
 def op(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An op 'toy' whose functions return their own names; everything is resolved anew in each test."""
+    registry.explain("cpu", [])  # loads every op: one that is first loaded by a test would be gone with its copy
     monkeypatch.setattr(registry, "_ops", dict(registry._ops))
     monkeypatch.delenv(registry.ENVIRONMENT, raising=False)
     registry.register(
