@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlavaForConditionalGeneration
 
 from llava_fast import load
-from llava_fast.engine.runner import DecodeStep, Runner
+from llava_fast.engine.runner import Runner
 from llava_fast.engine.stats import weight_bytes
 from llava_fast.kernels import registry
 from llava_fast.models.decoder import KVCache
@@ -117,7 +117,7 @@ def test_decode(quantised: tuple[str, Llava], theirs: Any, paired: Any, limits: 
         k, v = (buffer[layer].flatten(0, 1)[:CONTEXT].float().transpose(0, 1)[None].contiguous() for buffer in (runner.k, runner.v))
         past.update(k, v, layer)
     token, position, table = torch.tensor([7]), torch.tensor([CONTEXT]), torch.arange(BLOCKS)[None]
-    recorded = DecodeStep(runner, 1)
+    recorded = runner.new_step(1)
 
     def step() -> Tensor:
         return recorded(token, position, table)
@@ -132,7 +132,7 @@ def test_decode(quantised: tuple[str, Llava], theirs: Any, paired: Any, limits: 
         expected = reference()
     else:
         with registry.use(linear="reference"):
-            expected = DecodeStep(runner, 1)(token, position, table)
+            expected = runner.new_step(1)(token, position, table)
     assert relative_error(step(), expected) < 1e-4
     kv_bytes = 2 * CONTEXT * runner.k[:, 0, 0].nbytes
     paired(step, reference, bytes_read=weight_bytes(model) + kv_bytes)

@@ -55,7 +55,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 def available_bytes(device: torch.device) -> int:
     """Free memory of a GPU; of the machine what can be had without swapping (Linux; elsewhere half of what there is)."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # freed, and not given back
+        return torch.cuda.mem_get_info(device)[0] + kept
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable:")) * 1024

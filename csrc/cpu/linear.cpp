@@ -23,8 +23,8 @@ void check_rows(const int64_t* rows, int64_t M, int64_t out_rows) {
     bool ascending = true;
     for (int64_t m = 0; m < M; ++m) {
         if (rows[m] < 0 || rows[m] >= out_rows) {
-            throw std::invalid_argument("rows[" + std::to_string(m) + "] is " + std::to_string(rows[m]) +
-                                        ", expected a row of out, 0 to " + std::to_string(out_rows - 1));
+            throw std::invalid_argument("rows[" + std::to_string(m) + "] is " + std::to_string(rows[m]) + ", expected a row of out, 0 to " +
+                                        std::to_string(out_rows - 1));
         }
         ascending &= m == 0 || rows[m] > rows[m - 1];
     }

@@ -7,9 +7,12 @@ that nobody holds stay findable until they are needed for something else, the lo
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable
 from typing import NamedTuple
+
+CANDIDATES = 64  # blocks after a chain that are compared row by row, the latest first: 3 ms for 2,000 of them
 
 
 class Content(NamedTuple):
@@ -30,7 +33,7 @@ class BlockPool:
         self._holders = [0] * count
         self._content: dict[int, Content] = {}
         self._by_key: dict[bytes, int] = {}
-        self._after: dict[bytes, set[int]] = {}  # the blocks that follow a chain
+        self._after: dict[bytes, dict[int, None]] = {}  # the blocks that follow a chain, in the order of publication
 
     @property
     def available(self) -> int:
@@ -60,7 +63,7 @@ class BlockPool:
     def find_rows(self, before: bytes, rows: tuple[Hashable, ...]) -> tuple[int, int] | None:
         """The block that goes on like `rows` the longest after the chain `before`, held once more, and for how many; None for none."""
         best, length = -1, 0
-        for block in self._after.get(before, ()):
+        for block in itertools.islice(reversed(self._after.get(before, {})), CANDIDATES):
             common = 0
             for a, b in zip(self._content[block].rows, rows, strict=False):
                 if a != b:
@@ -79,7 +82,7 @@ class BlockPool:
             return
         self._forget(block)
         self._content[block] = content
-        self._after.setdefault(content.before, set()).add(block)
+        self._after.setdefault(content.before, {})[block] = None
         if content.key is not None:
             self._by_key[content.key] = block
 
@@ -105,6 +108,6 @@ class BlockPool:
         if content.key is not None:
             del self._by_key[content.key]
         followers = self._after[content.before]
-        followers.discard(block)
+        del followers[block]
         if not followers:
             del self._after[content.before]

@@ -7,8 +7,10 @@ Shape letters as in runner.py.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +27,17 @@ from llava_fast.engine.stats import Counters
 from llava_fast.engine.text import TextStream
 from llava_fast.memory import available_bytes
 from llava_fast.requests import SamplingParams
+
+log = logging.getLogger(__name__)
+
+
+def _without_frames(error: Exception) -> Exception:
+    """An error whose traceback, logged before, keeps no activations alive."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
 
 
 class Core:
@@ -61,10 +74,15 @@ class Core:
         self.overlap = overlap and not speculate  # guesses are made from tokens that the host knows
         self.features = FeatureCache(feature_cache_bytes)
         self.pool = BlockPool(blocks)
-        self.runner = Runner(model, blocks, page, kv_dtype, max_running, c.max_positions, graphs)
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.runner = Runner(model, blocks, page, kv_dtype, max_running, c.max_positions, graphs)
         self.scheduler = Scheduler(self.pool, self.features, page, max_rows, max_views, max_running, self.runner.copy_rows)
         self.counters = Counters()
         self.under_way: Result | None = None
+
+    def close(self) -> None:
+        """Give the memory back; it is not for use any more."""
+        self.runner.close()
 
     @property
     def idle(self) -> bool:
@@ -74,14 +92,19 @@ class Core:
 
     def begin(self, job: Job) -> None:
         """A request that was read goes into the queue, or fails."""
-        error = job.error
-        if error is None:
-            assert job.prompt is not None
-            error = self.misfit(job.prompt, job.params)
-        if error is not None:
+        try:
+            if job.error is not None:
+                raise job.error
+            self._begin(job)
+        except (ValueError, RuntimeError) as error:
             self.fail(job, error)
-            return
+        except Exception as error:
+            self.fail(job, RuntimeError(f"beginning it failed: {type(error).__name__}: {error}"))
+
+    def _begin(self, job: Job) -> None:
         assert job.prompt is not None
+        if (misfit := self.misfit(job.prompt, job.params)) is not None:
+            raise misfit
         seed = secrets.randbits(62) if job.params.seed is None else job.params.seed
         for n in range(job.params.n):
             sequence = Sequence(
@@ -151,19 +174,27 @@ class Core:
     def _launch(self, plan: Plan) -> Result | None:
         """Carry a plan out. Where that fails each of its works is tried by itself: who fails alone is to blame, the others go on."""
         begun = time.perf_counter()
+        failed: Exception | None = None
         try:
             self.runner.encode(plan.pictures, plan.encode, self.features)
             seen = time.perf_counter()
             result = self.runner.run(plan)
         except Exception as error:
-            if len(plan.works) > 1:
-                launched = [self._launch(self._alone(plan, work)) for work in plan.works if not work.sequence.owner.over]
-                return Result.join([result for result in launched if result is not None])
-            self.scheduler.undo(plan)
-            self.fail(plan.works[0].sequence.owner, error)
+            log.warning("a step of %d sequences failed", len(plan.works), exc_info=True)
+            failed = _without_frames(error)
+        if failed is None:
+            self.counters.step(plan, seen - begun, time.perf_counter() - seen)
+            return result
+        self.scheduler.undo(plan)
+        if len(plan.works) == 1:
+            self.fail(plan.works[0].sequence.owner, failed)
             return None
-        self.counters.step(plan, seen - begun, time.perf_counter() - seen)
-        return result
+        launched = []
+        for work in plan.works:
+            if not work.sequence.owner.over:
+                self.scheduler.redo(work)
+                launched.append(self._launch(self._alone(plan, work)))
+        return Result.join([result for result in launched if result is not None])
 
     def _alone(self, plan: Plan, work: Work) -> Plan:
         mine = set(work.sequence.prompt.pictures)
@@ -182,7 +213,7 @@ class Core:
             if sequence.finish_reason is None:
                 try:
                     self._advance(work, tokens[row : row + rows], logprobs[row : row + rows], begun)
-                except Exception as error:
+                except BaseException as error:  # a tokenizer's panic is no Exception
                     self.fail(sequence.owner, RuntimeError(f"making text of its tokens failed: {type(error).__name__}: {error}"))
             row += rows
         self.counters.host_seconds += time.perf_counter() - begun

@@ -189,7 +189,9 @@ def generate(
         Prompt.of_embeddings(rows_TD, [] if input_ids is None else input_ids[b].tolist(), name=str(b).encode())
         for b, rows_TD in enumerate(whole.split(lengths))
     ]
-    with Engine(model, prefix_cache=False) as engine:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)  # the engine's thread has a stream of its own
+    with Engine(model, prefix_cache=False, graphs=False) as engine:
         handles = []
         for b, prompt in enumerate(prompts):
             seed = None if params.seed is None else stream_seed(params.seed, b * n)  # rows draw each for itself

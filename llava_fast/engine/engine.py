@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class Engine:
     sequences cannot fill it.  kv_dtype: theirs, that of the arithmetic where None; torch.float8_e4m3fn changes answers.
     page: rows of a block.  max_running: sequences at a time.  max_rows, max_views: of one step.
     prefix_cache: requests share what they begin with, by token ids and the contents of pictures.  feature_cache_bytes: of projected
-    pictures, kept for requests that show them again.  readers: threads that open and resize pictures.
+    pictures, kept for requests that show them again.  readers: threads that open and resize pictures (half the cores where None).
     overlap: plan a step while the one before runs (None: on a GPU).  graphs: capture decode steps (on a GPU).
     speculate: tokens to guess a step, those that followed the latest ones before; for greedy requests without penalties, whose answers
     stay equal.
@@ -56,7 +57,7 @@ class Engine:
         max_views: int | None = None,
         prefix_cache: bool = True,
         feature_cache_bytes: int = 256 << 20,
-        readers: int = 2,
+        readers: int | None = None,
         overlap: bool | None = None,
         graphs: bool = True,
         speculate: int = 0,
@@ -64,6 +65,7 @@ class Engine:
         on_gpu = model.device.type == "cuda"
         max_rows = max_rows if max_rows is not None else (8192 if on_gpu else 2048)
         max_views = max_views if max_views is not None else (64 if on_gpu else 8)
+        readers = readers if readers is not None else max(2, min(16, (os.cpu_count() or 2) // 2))
         counts = dict(max_running=max_running, max_rows=max_rows, max_views=max_views, readers=readers)
         bounds = [(name, value, 1) for name, value in counts.items()] + [("speculate", speculate, 0)]
         for name, value, least in [*bounds, ("feature_cache_bytes", feature_cache_bytes, 0)]:
@@ -119,6 +121,9 @@ class Engine:
         iterating the handle; it has to be quick.  Raises ValueError for what is no request, RuntimeError after `close`.
         """
         request = request if isinstance(request, Request) else Request(request)
+        for name, value, kind in (("sampling", sampling, SamplingParams), ("inputs", inputs, InputOptions)):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name} must be {kind.__name__} or None, got {type(value).__name__}")
         params = request.sampling or sampling or SamplingParams()
         own = dict(request=request, priority=request.priority, deadline=request.deadline)
         return self._submit(on_delta, params=params, inputs=inputs or InputOptions(), eos_ids=self.model.eos_ids, **own)
@@ -134,10 +139,9 @@ class Engine:
             if self._closing:
                 raise RuntimeError("the engine is closed")
             number = next(self._numbers)
-            handle = Handle(number, self._cancel, on_delta)
+            handle = Handle(number, self._cancel, self._forget, on_delta)
             job = Job(number=number, handle=handle, submitted=time.perf_counter(), **fields)
             self._jobs[handle] = job
-            handle.future.add_done_callback(lambda _: self._forget(handle))
             self._core.counters.submitted += 1
             if job.deadline is not None:
                 heapq.heappush(self._deadlines, (job.submitted + job.deadline, number, job))
@@ -169,6 +173,7 @@ class Engine:
             self._wake.notify()
         self._thread.join()
         self._readers.shutdown()
+        self._core.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -184,7 +189,9 @@ class Engine:
     def stats(self) -> Stats:
         """Counts, latencies and rates since the engine was made."""
         with self._wake:
-            return read(self._core, len(self._jobs) - len(self._core.scheduler.running), self._worked)
+            running = {sequence.owner for sequence in list(self._core.scheduler.running)}
+            waiting = sum(job not in running for job in self._jobs.values())
+        return read(self._core, waiting, self._worked)
 
     # -- readers
 
@@ -197,7 +204,7 @@ class Engine:
                 job.prompt = Prompt.of(prepared.sample, prepared.views, prepared.prompt_ids)
         except ValueError as error:
             job.error = error
-        except Exception as error:  # whatever a decoder of pictures throws: it is this request's
+        except BaseException as error:  # whatever a decoder or a tokenizer throws (panics are no Exceptions): it is this request's
             job.error = RuntimeError(f"reading it failed: {type(error).__name__}: {error}")
         job.timings["preprocess"] = time.perf_counter() - begun
         release_threads()
@@ -211,6 +218,8 @@ class Engine:
     @torch.inference_mode()
     def _run(self, threads: int) -> None:
         torch.set_num_threads(threads)  # each thread has a number of its own
+        if self.model.device.type == "cuda":
+            torch.cuda.set_device(self.model.device)  # and a device
         try:
             while self._take_in():
                 begun = time.perf_counter()

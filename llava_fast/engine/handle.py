@@ -22,14 +22,26 @@ class Delta(NamedTuple):
     finish_reason: str | None
 
 
+def _nobody(_: Handle) -> None:
+    """There is none to tell."""
+
+
 class Handle:
     """A submitted request. Iterate it (or `async for`) for its deltas, once; `result()` or `await` it for its completions."""
 
-    def __init__(self, number: int, cancel: Callable[[Handle], None], on_delta: Callable[[Handle, Delta], None] | None = None):
+    def __init__(
+        self,
+        number: int,
+        cancel: Callable[[Handle], None] = _nobody,
+        over: Callable[[Handle], None] = _nobody,
+        on_delta: Callable[[Handle, Delta], None] | None = None,
+    ):
+        """cancel: what `cancel` calls.  over: called at the end, before `result` returns."""
         self.number = number
         self.error: BaseException | None = None  # what ended it, where something went wrong
         self.future: Future[list[Completion]] = Future()
-        self._cancel, self._on_delta = cancel, on_delta
+        self.future.set_running_or_notify_cancel()  # who stops waiting for it does not cancel it: `cancel` does
+        self._cancel, self._over, self._on_delta = cancel, over, on_delta
         self._changed = threading.Condition()
         self._unread: dict[int, list[str]] = {}  # what nobody reads is kept by completion, not by token
         self._ends: dict[int, str] = {}
@@ -64,15 +76,19 @@ class Handle:
                 loop.call_soon_threadsafe(woken.set)
 
             self._wake = wake
-        while True:
+        try:
+            while True:
+                with self._changed:
+                    deltas, closed = self._read(), self._closed
+                    woken.clear()
+                for delta in deltas:
+                    yield delta
+                if closed:
+                    return
+                await woken.wait()
+        finally:
             with self._changed:
-                deltas, closed = self._read(), self._closed
-                woken.clear()
-            for delta in deltas:
-                yield delta
-            if closed:
-                return
-            await woken.wait()
+                self._wake = None
 
     def _read(self) -> list[Delta]:
         unread, self._unread = self._unread, {}
@@ -95,9 +111,14 @@ class Handle:
         with self._changed:
             self._closed = True
             self._notify()
+        self._over(self)
+        self._cancel = self._over = _nobody  # a handle that is kept keeps no engine alive
         self.future.set_result(completions)
 
     def _notify(self) -> None:
         self._changed.notify_all()
         if self._wake is not None:
-            self._wake()
+            try:
+                self._wake()
+            except RuntimeError:  # the loop that listened is closed
+                self._wake = None

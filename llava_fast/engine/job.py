@@ -56,11 +56,17 @@ class Job:
         for sequence in self.sequences:
             if sequence.finish_reason is None:
                 sequence.finish_reason = reason
-                rest = self.texts[sequence.index].finish()
-                self.handle.push(Delta(sequence.index, rest if message is None else message, reason))
+                self.handle.push(Delta(sequence.index, self._rest(sequence) if message is None else message, reason))
         if not self.sequences:
             self.handle.push(Delta(0, message or "", reason))
         self.close(reason, message)
+
+    def _rest(self, sequence: Sequence) -> str:
+        """The text that was held back; nothing where it cannot be made."""
+        try:
+            return self.texts[sequence.index].finish()
+        except Exception:
+            return ""
 
     def close(self, reason: FinishReason | None = None, message: str | None = None) -> None:
         """Hand the completions out. reason, message: of those that did not come to an end of their own."""

@@ -59,11 +59,12 @@ class Result:
         """Of steps launched one after the other; None of none."""
         if not results:
             return None
-        return Result([w for r in results for w in r.works], [v for r in results for v in r.values], results[-1].ready)
+        ready = next((r.ready for r in reversed(results) if r.ready is not None), None)
+        return Result([w for r in results for w in r.works], [v for r in results for v in r.values], ready)
 
 
 class Runner:
-    """Owns the cache of keys and values, [layers, B + 1, page, G, d]; block B takes what a captured step writes for nobody."""
+    """Owns the cache of keys and values, [layers, B + 1, page, G, d]; block B is what a captured step's rows of nobody look at."""
 
     def __init__(self, model: Llava, blocks: int, page: int, dtype: torch.dtype, max_running: int, max_positions: int, graphs: bool):
         c, device = model.config.decoder, model.device
@@ -78,9 +79,20 @@ class Runner:
         self._steps: dict[int, DecodeStep] = {}
         if self.graphs:  # the largest first: the others live in its memory
             pool = None
-            for size in reversed(buckets(max_running)):
-                self._steps[size] = step = DecodeStep(self, size)
-                pool = step.capture(pool)
+            with torch.inference_mode():
+                for size in reversed(buckets(max_running)):
+                    self._steps[size] = step = self.new_step(size)
+                    pool = step.capture(pool)
+
+    def new_step(self, size: int) -> DecodeStep:
+        return DecodeStep(self.model, self.k, self.v, size, self.width)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for step in self._steps.values():
+            step.repeat = None
+        self._steps.clear()
+        self.k = self.v = self.k.new_empty(0)
 
     # -- pictures
 
@@ -121,9 +133,10 @@ class Runner:
         with stage("sampling"):
             sampled = [work for work in works if work.samples]
             values = self.sampler(logits, sampled)
+            result = self._to_host(works, values)
             if all(not work.draft for work in sampled):
                 self.last_tokens[slots] = values[0].long()
-        return self._to_host(works, values)
+        return result
 
     def _to_host(self, works: list[Work], values: Tensor) -> Result:
         if self.device.type == "cpu":
@@ -189,7 +202,7 @@ class Runner:
         if size not in self._steps:
             if len(self._steps) >= RECORDED:
                 del self._steps[next(iter(self._steps))]
-            self._steps[size] = DecodeStep(self, size)
+            self._steps[size] = self.new_step(size)
         step = self._steps[size]
         position = np.array([work.first for work in works])
         table = self._table(works, max(len(work.sequence.blocks) for work in works))
@@ -215,23 +228,25 @@ def buckets(most: int) -> list[int]:
 
 class DecodeStep:
     """A step of `size` sequences, one row each, over memory that stays where it is. On the CPU its launches are recorded and repeated, on
-    a GPU it can be captured; fewer sequences fill up with rows that are written to the spare block."""
+    a GPU it can be captured; fewer sequences fill up with rows that are written nowhere and look at the spare block.
 
-    def __init__(self, runner: Runner, size: int):
-        model, device = runner.model, runner.device
-        self.runner, self.size = runner, size
+    width: blocks of a row of the table."""
+
+    def __init__(self, model: Llava, k: Tensor, v: Tensor, size: int, width: int):
+        device = model.device
+        self.model, self.size, self.page, self.spare = model, size, k.shape[2], k.shape[1] - 1
         dtype = model.compute_dtype
         self.x_SD = torch.zeros(size, model.config.decoder.width, dtype=dtype, device=device)
         self.tables = model.language_model.tables(torch.zeros(size, dtype=torch.int64, device=device), dtype)
-        table = torch.full((size, runner.width), runner.blocks, dtype=torch.int32, device=device)
-        slots = torch.full((size,), runner.blocks * runner.page, dtype=torch.int64, device=device)
+        table = torch.full((size, width), self.spare, dtype=torch.int32, device=device)
+        slots = torch.full((size,), -1, dtype=torch.int64, device=device)
         lengths = torch.ones(size, dtype=torch.int32, device=device)
-        self.cache = KVCache(runner.k, runner.v, table, slots, lengths)
+        self.cache = KVCache(k, v, table, slots, lengths)
         self.cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.repeat: Callable[[], Tensor] | None = None
 
     def _run(self) -> Tensor:
-        model = self.runner.model
+        model = self.model
         return model.logits(model.language_model.run(self.x_SD, self.tables, self.cu_seqlens, cache=self.cache))
 
     def capture(self, pool: Any) -> Any:
@@ -242,7 +257,7 @@ class DecodeStep:
             self._run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = self._run()
 
         def repeat() -> Tensor:
@@ -254,21 +269,20 @@ class DecodeStep:
 
     def __call__(self, ids_S: Tensor, positions_S: Tensor, table_SB: Tensor) -> Tensor:
         """Logits [size, V], overwritten by the next call."""
-        runner, count, blocks = self.runner, ids_S.shape[0], table_SB.shape[1]
-        model, cache = runner.model, self.cache
+        model, cache, count, blocks = self.model, self.cache, ids_S.shape[0], table_SB.shape[1]
         self.x_SD[:count] = model.language_model.embed_tokens.weight[ids_S]
         for table, values in zip(self.tables, model.language_model.tables(positions_S, self.x_SD.dtype), strict=True):
             table[:count] = values
         cache.block_table[:count, :blocks] = table_SB
-        page = table_SB.gather(1, (positions_S // runner.page)[:, None])[:, 0]
-        cache.slots[:count] = page * runner.page + positions_S % runner.page
+        block = table_SB.gather(1, (positions_S // self.page)[:, None])[:, 0]
+        cache.slots[:count] = block * self.page + positions_S % self.page
         cache.lengths[:count] = positions_S + 1
         if count < self.size:
-            cache.slots[count:] = runner.blocks * runner.page
+            cache.slots[count:] = -1
             cache.lengths[count:] = 1
-            cache.block_table[count:, 0] = runner.blocks
+            cache.block_table[count:, 0] = self.spare
         if self.repeat is None:
-            if runner.device.type != "cpu":
+            if model.device.type != "cpu":
                 return self._run()
             self.repeat = replay = Replay(self._run)
             return replay.result

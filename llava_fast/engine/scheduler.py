@@ -91,7 +91,10 @@ class Scheduler:
         self._rows, self._views = self.max_rows, self.max_views
         for sequence in [s for s in self.running if s.decoding]:
             if sequence.slot >= 0 and sequence.produced < sequence.max_new and self._grow(sequence, sequence.length):
-                self._put(plan, sequence, guess)
+                self._put(plan, sequence)
+        if guess is not None:  # from what all the decoding sequences leave
+            for work in plan.works:
+                work.draft = self._guess(work.sequence, guess)
         for sequence in [s for s in self.running if not s.decoding]:
             self._put(plan, sequence)
         while self._rows and self.waiting and len(self.running) < self.max_running:
@@ -107,24 +110,28 @@ class Scheduler:
             work.sequence.computed = min(work.sequence.computed, work.first)
             work.sequence.pending -= work.samples
 
-    def _put(self, plan: Plan, sequence: Sequence, guess: Callable[[Sequence, int], list[int]] | None = None) -> None:
+    def redo(self, work: Work) -> None:
+        """Count one of its works as computed again."""
+        work.sequence.computed = work.last
+        work.sequence.pending += work.samples
+
+    def _put(self, plan: Plan, sequence: Sequence) -> None:
         first, last = sequence.computed, min(sequence.length, sequence.computed + self._rows)
         last = self._see(plan, sequence, first, last)
         if last <= first:
             return
         self._rows -= last - first
         work = Work(sequence, first, last, samples=last == sequence.length)
-        if guess is not None:
-            work.draft = self._guess(sequence, guess)
         sequence.computed = last
         sequence.pending += work.samples
         plan.works.append(work)
 
     def _guess(self, sequence: Sequence, guess: Callable[[Sequence, int], list[int]]) -> list[int]:
-        """As many as the step, the answer and the blocks at hand have room for."""
-        room = len(sequence.blocks) * self.page - sequence.length + self.pool.available * self.page
-        draft = guess(sequence, max(min(self._rows, sequence.max_new - sequence.produced - 1, room), 0))
-        while len(sequence.blocks) < self.blocks_for(sequence.length + len(draft)):
+        """As many as the step, the answer and the blocks at hand have room for. The token before them is on its way."""
+        rows = sequence.length - 1
+        room = (len(sequence.blocks) + self.pool.available) * self.page - rows
+        draft = guess(sequence, max(min(self._rows, sequence.max_new - sequence.produced, room), 0))
+        while len(sequence.blocks) < self.blocks_for(rows + len(draft)):
             sequence.blocks.append(self.pool.take())
         self._rows -= len(draft)
         return draft

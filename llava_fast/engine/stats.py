@@ -89,11 +89,12 @@ class Stats:
     engine was at work, views_per_s: views over that of the tower.  prefix_reused: of the prompts' rows, the share found in the cache.
     pictures_reused: of the pictures that were needed, the share not shown to the tower.  host_ms_per_step: planning, and making text of
     tokens.  decode_gbs: bytes of weights, keys and values that decode steps read over their time, prefill_gflops: operations of the
-    layers' products over the time of the other steps: to be held against the limits.
+    layers' products over the time of the other steps: to be held against the limits; both and views_per_s are 0 on a GPU,
+    whose work is not waited for.
     """
 
-    waiting: int
-    running: int
+    waiting: int  # requests of which nothing runs
+    running: int  # sequences
     submitted: int
     finished: int
     failed: int
@@ -136,6 +137,7 @@ def read(core: Core, waiting: int, worked: float) -> Stats:
     c, scheduler, decoder = core.counters, core.scheduler, core.model.config.decoder
     attention = 2 * (decoder.heads + decoder.kv_heads) * decoder.head_dim * decoder.width
     per_row = 2 * decoder.layers * (attention + 3 * decoder.mlp_width * decoder.width)
+    timed = core.model.device.type == "cpu"
     decode_bytes = weight_bytes(core.model) * c.decode_steps + c.decode_keys * core.block_bytes // core.page
     return Stats(
         waiting=waiting,
@@ -149,7 +151,7 @@ def read(core: Core, waiting: int, worked: float) -> Stats:
         time_to_first_token=latencies(c.first_token),
         inter_token=latencies(c.between_tokens),
         tokens_per_s=c.new_tokens / worked if worked else 0.0,
-        views_per_s=c.views / c.vision_seconds if c.vision_seconds else 0.0,
+        views_per_s=c.views / c.vision_seconds if timed and c.vision_seconds else 0.0,
         prefix_reused=scheduler.reused_rows / max(scheduler.looked_up_rows, 1),
         pictures_reused=c.pictures_reused / max(c.pictures, 1),
         blocks=core.pool.count,
@@ -157,8 +159,8 @@ def read(core: Core, waiting: int, worked: float) -> Stats:
         kv_bytes=core.pool.count * core.block_bytes,
         feature_bytes=core.features.bytes,
         host_ms_per_step=c.host_seconds / max(c.steps, 1) * 1e3,
-        decode_gbs=decode_bytes / c.decode_seconds / 1e9 if c.decode_seconds else 0.0,
-        prefill_gflops=per_row * c.prompt_rows / c.prefill_seconds / 1e9 if c.prefill_seconds else 0.0,
+        decode_gbs=decode_bytes / c.decode_seconds / 1e9 if timed and c.decode_seconds else 0.0,
+        prefill_gflops=per_row * c.prompt_rows / c.prefill_seconds / 1e9 if timed and c.prefill_seconds else 0.0,
         drafted=c.drafted,
         accepted=c.accepted,
     )

@@ -80,7 +80,7 @@ def test_a_step_never_waits(model: Llava, machine: tuple[str, str]) -> None:
 
     for number, prompt in enumerate(prompts()[:8]):
         params = SamplingParams(max_new_tokens=40, temperature=0.8 * (number % 2), seed=number)
-        core.begin(Job(number, None, params, InputOptions(), (), Handle(number, lambda _: None), 0.0, prompt=prompt))
+        core.begin(Job(number, None, params, InputOptions(), (), Handle(number), 0.0, prompt=prompt))
     for _ in range(12):  # prompts, and steps that make what is made once
         core.turn()
     launch, mode = core.runner.run, "error" if machine[0] == "cuda" else "default"
