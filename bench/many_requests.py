@@ -77,6 +77,9 @@ def with_transformers(kind: str, checkpoint: str) -> dict[str, Any]:
     from transformers import AutoProcessor, LlavaForConditionalGeneration
     from transformers.generation.streamers import BaseStreamer
 
+    from llava_fast.memory import keep_freed_memory
+
+    keep_freed_memory()  # as loading does on the other side: without it a step faults in its copy of the cache, page by page
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(checkpoint, padding_side="left")
     asked, new = questions(kind)
