@@ -521,9 +521,7 @@ def test_deadlines(model) -> None:
         late = engine.submit(lf.Request("What?", deadline=0.0)).result(60)[0]
         assert late.finish_reason == "error" and late.error == "its deadline of 0.0 s passed before it was begun"
         turn = engine._core.turn
-        engine._core.turn = lambda: (time.sleep(0.005), turn())[
-            1
-        ]  # 2,000 tokens take 10 s, the first on any machine less than 3
+        engine._core.turn = lambda: (time.sleep(0.005), turn())[1]  # 2,000 tokens take 10 s, the first on any machine less than 3
         cut = engine.submit(lf.Request("What?", deadline=3.0), lf.SamplingParams(max_new_tokens=2000, min_new_tokens=2000))
         *_, last = cut
         answer = cut.result(60)[0]
