@@ -123,7 +123,7 @@ def test_sizes_known_beforehand_are_those_of_the_samples(checkpoints, folder, tm
     config = as_config(fields("m", data, tmp_path, inputs=inputs, tokens_per_row=2000))
     indexed = index_records(config, model.input_spec)
     for i in range(6):
-        sample, views = indexed.load(i)
+        (sample,), views = (example := indexed.load(i)).sequences, example.views
         assert len(sample) == indexed.tokens[i]
         assert sample.views == indexed.views[i] == (0 if views is None else views.shape[0])
         assert views is None or views.dtype == torch.uint8
@@ -146,7 +146,7 @@ def test_the_first_prompt_is_the_one_generate_sees(checkpoints, folder, four, tm
         {"type": "text", "text": "What are these?"}
     ]
     asked = prepare(lf.Request([{"role": "user", "content": content}]), lf.InputOptions(), model.input_spec)
-    sample, views = indexed.load(1)
+    (sample,), views = (example := indexed.load(1)).sequences, example.views
     np.testing.assert_array_equal(sample.token_ids[: len(asked.sample)], asked.sample.token_ids)
     assert torch.equal(views, asked.views)
     assert (sample.labels[: len(asked.sample)] == -100).all() and sample.labels[len(asked.sample)] != -100
@@ -188,10 +188,10 @@ def test_samples_kept_in_memory_are_those_of_the_files_and_fit_the_budget(checkp
     indexed = index_records(as_config(fields("m", four, tmp_path)), model.input_spec)
     first = [indexed.load(i) for i in range(4)]
     assert sorted(indexed.kept) == [0, 1, 2, 3]
-    assert all(indexed.load(i)[0] is first[i][0] for i in range(4))
+    assert all(indexed.load(i) is first[i] for i in range(4))
     nothing = index_records(as_config(fields("m", four, tmp_path, cache_mb=0)), model.input_spec)
     for i in range(4):
-        np.testing.assert_array_equal(nothing.load(i)[0].token_ids, first[i][0].token_ids)
+        np.testing.assert_array_equal(nothing.load(i).sequences[0].token_ids, first[i].sequences[0].token_ids)
     assert not nothing.kept
 
 
@@ -235,7 +235,8 @@ def test_ten_steps_equal_transformers_with_torch_adamw(directory, hf, four, tmp_
     rows = [row for epoch in range(10) for row in plan_epoch(data, config, epoch).rows]
     assert len(plan_epoch(data, config, 0).rows) > 1
     for step in range(10):
-        samples = [data.load(i) for row in rows[2 * step : 2 * step + 2] for i in row]
+        examples = [data.load(i) for row in rows[2 * step : 2 * step + 2] for i in row]
+        samples = [(example.sequences[0], example.views) for example in examples]
         loss = hf_step_loss(hf, samples, model.config.patches, model.config.image_token_id)
         assert result.losses[step] == pytest.approx(loss.item(), rel=1e-5), f"step {step}"
         loss.backward()
@@ -399,4 +400,4 @@ def test_rows_of_the_demo_budget_hold_several_samples(checkpoints, four, tmp_pat
     model = lf.load(checkpoints["qwen"])
     config = as_config(fields("m", four, tmp_path))
     step = next(make_steps(index_records(config, model.input_spec), config, Position()))
-    assert step.rows[0].num_sequences == 4 and step.rows[0].num_tokens <= 128
+    assert step.rows[0].batch.num_sequences == 4 and step.rows[0].batch.num_tokens <= 128

@@ -18,10 +18,10 @@ from transformers import get_scheduler
 
 from llava_fast.batch import IGNORE, Sample
 from llava_fast.requests import InputOptions
-from llava_fast.training.batches import Position, ahead, make_steps, total_steps
+from llava_fast.training.batches import Example, Position, ahead, make_steps, total_steps
 from llava_fast.training.config import TrainConfig, as_config
 from llava_fast.training.loop import fit
-from llava_fast.training.step import decays, lr_factor, make_optimizer, part_of, prepare_parameters, train_step
+from llava_fast.training.step import LabelLoss, decays, lr_factor, make_optimizer, part_of, prepare_parameters, train_step
 
 VOCABULARY = 50
 
@@ -39,7 +39,7 @@ class Texts:
         if index in self.broken:
             raise ValueError(f"sample {index} is broken")
         ids = np.random.default_rng(index).integers(1, VOCABULARY, self.tokens[index])
-        return Sample(ids, labels=np.where(np.arange(len(ids)) < 3, IGNORE, ids)), None
+        return Example((Sample(ids, labels=np.where(np.arange(len(ids)) < 3, IGNORE, ids)),))
 
 
 class Bigram(nn.Module):
@@ -206,7 +206,9 @@ def test_how_samples_are_spread_over_rows_changes_nothing(config):
         trained = prepare_parameters(model, settings, "fp32")
         (step,) = make_steps(data, change(settings, epochs=1), Position())
         assert (len(step.rows) == 1) == (rows == 1)
-        loss, norm = train_step(model, trained, make_optimizer(trained.masters, settings), step.rows, 1.0, settings.clip, "cpu")
+        loss, norm, _ = train_step(
+            model, trained, make_optimizer(trained.masters, settings), step.rows, 1.0, settings.clip, "cpu", LabelLoss()
+        )
         results.append((loss, norm, weights(model)))
     (loss_a, norm_a, weights_a), (loss_b, norm_b, weights_b) = results
     torch.testing.assert_close(loss_a, loss_b, rtol=1e-6, atol=0)
@@ -225,7 +227,7 @@ def test_a_run_equals_torch_adamw_written_out(config):
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-2)
     schedule = get_scheduler("cosine", optimizer, num_warmup_steps=int(np.ceil(0.2 * total)), num_training_steps=total)
     for step, expected in zip(make_steps(data, settings, Position()), losses, strict=True):
-        loss = sum(plain.loss(row) for row in step.rows) / step.labels
+        loss = sum(plain.loss(row.batch) for row in step.rows) / step.labels
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         loss.backward()
         nn.utils.clip_grad_norm_(plain.parameters(), 0.7)
@@ -274,7 +276,7 @@ def test_steps_visit_every_sample_once_an_epoch_from_any_position(config):
         assert len(rest) == len(steps) - number
         for a, b in zip(rest, steps[number:], strict=True):
             assert a.after == b.after
-            assert all(torch.equal(x.token_ids, y.token_ids) for x, y in zip(a.rows, b.rows, strict=True))
+            assert all(torch.equal(x.batch.token_ids, y.batch.token_ids) for x, y in zip(a.rows, b.rows, strict=True))
 
 
 def test_max_steps_goes_round_the_data(config):

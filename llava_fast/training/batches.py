@@ -37,9 +37,36 @@ class Dataset(Protocol):
     @property
     def fingerprint(self) -> int: ...
 
-    def load(self, index: int) -> tuple[Sample, Tensor | None]:
-        """The sample with its labels, and its views uint8 [n, 3, S, S]; ValueError where its media cannot be read."""
+    def load(self, index: int) -> Example:
+        """What it gives a row; ValueError where its media cannot be read."""
         ...
+
+
+@dataclass(frozen=True)
+class Example:
+    """One sample made: a labelled sequence, or several of which later ones continue an earlier one.
+
+    prefix_of: as in `batch.pack`, counted from the example's own first sequence.  views: uint8 [n, 3, S, S], of all its sequences.
+    """
+
+    sequences: tuple[Sample, ...]
+    views: Tensor | None = None
+    prefix_of: tuple[int | None, ...] = (None,)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A packed row and the indices of the samples in it.
+
+    sequences: of each sample, the first of its sequences in the batch; one more entry at the end.
+    """
+
+    batch: PackedBatch
+    indices: tuple[int, ...]
+    sequences: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> Row:
+        return Row(self.batch.to(device), self.indices, self.sequences)
 
 
 @dataclass(frozen=True)
@@ -54,17 +81,20 @@ class Position:
 class Step:
     """One optimiser step's rows, and where the next step starts."""
 
-    rows: list[PackedBatch]
-    samples: int
+    rows: list[Row]
     after: Position
 
     @property
+    def samples(self) -> int:
+        return sum(len(row.indices) for row in self.rows)
+
+    @property
     def tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
+        return sum(row.batch.num_tokens for row in self.rows)
 
     @property
     def labels(self) -> int:
-        return sum(row.labels.shape[0] for row in self.rows)
+        return sum(row.batch.labels.shape[0] for row in self.rows)
 
 
 def plan_epoch(data: Dataset, config: TrainConfig, epoch: int) -> Packing:
@@ -99,8 +129,9 @@ def make_steps(
     with ThreadPoolExecutor(config.workers) as pool:
         rows = _rows(data, config, start)
         while taken := list(itertools.islice(rows, config.rows_per_step)):
-            loaded = [[sample for sample in pool.map(_loader(data, on_bad), indices) if sample is not None] for indices, _ in taken]
-            yield Step([_row(samples) for samples in loaded if samples], sum(map(len, loaded)), taken[-1][1])
+            loaded = [list(pool.map(_loader(data, on_bad), indices)) for indices, _ in taken]
+            rows_made = [_row(indices, examples) for (indices, _), examples in zip(taken, loaded, strict=True)]
+            yield Step([row for row in rows_made if row is not None], taken[-1][1])
 
 
 def _rows(data: Dataset, config: TrainConfig, start: Position) -> Iterator[tuple[list[int], Position]]:
@@ -115,8 +146,8 @@ def _rows(data: Dataset, config: TrainConfig, start: Position) -> Iterator[tuple
         epoch, first = epoch + 1, 0
 
 
-def _loader(data: Dataset, on_bad: Callable[[str], None] | None) -> Callable[[int], tuple[Sample, Tensor | None] | None]:
-    def load(index: int) -> tuple[Sample, Tensor | None] | None:
+def _loader(data: Dataset, on_bad: Callable[[str], None] | None) -> Callable[[int], Example | None]:
+    def load(index: int) -> Example | None:
         try:
             return data.load(index)
         except ValueError as error:
@@ -128,9 +159,24 @@ def _loader(data: Dataset, on_bad: Callable[[str], None] | None) -> Callable[[in
     return load
 
 
-def _row(samples: Sequence[tuple[Sample, Tensor | None]]) -> PackedBatch:
-    views = [part for _, part in samples if part is not None and part.shape[0]]
-    return pack([sample for sample, _ in samples], torch.cat(views) if views else None, needed="labels")
+def _row(indices: Sequence[int], examples: Sequence[Example | None]) -> Row | None:
+    """The row of those that could be loaded; None where none could."""
+    sequences: list[Sample] = []
+    prefix_of: list[int | None] = []
+    first, kept = [0], []
+    views = []
+    for index, example in zip(indices, examples, strict=True):
+        if example is None:
+            continue
+        prefix_of += [None if parent is None else parent + first[-1] for parent in example.prefix_of]
+        sequences += example.sequences
+        first.append(len(sequences))
+        kept.append(index)
+        if example.views is not None and example.views.shape[0]:
+            views.append(example.views)
+    if not kept:
+        return None
+    return Row(pack(sequences, torch.cat(views) if views else None, prefix_of, needed="labels"), tuple(kept), tuple(first))
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,15 @@ from zlib import crc32
 import numpy as np
 from torch import Tensor
 
-from llava_fast.batch import IGNORE, Sample, Visual, splice
+from llava_fast.batch import IGNORE, Visual, splice
 from llava_fast.inputs.images import image_size
 from llava_fast.inputs.labels import Labelled, encode_turns
 from llava_fast.inputs.prepare import InputSpec, picture_layout, prepare, video_layout, video_sampling
 from llava_fast.inputs.records import Record, load_records
 from llava_fast.inputs.video import count_frames
 from llava_fast.requests import InputOptions, Request
+from llava_fast.training.batches import Example
 from llava_fast.training.config import TrainConfig
-
-Loaded = tuple[Sample, Tensor | None]
 
 
 @dataclass
@@ -37,25 +36,26 @@ class RecordData:
     config: TrainConfig
     spec: InputSpec
     fingerprint: int
-    kept: dict[int, Loaded] = field(default_factory=dict)
+    kept: dict[int, Example] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._room = self.config.cache_mb * 2**20
         self._lock = threading.Lock()
 
-    def load(self, index: int) -> Loaded:
+    def load(self, index: int) -> Example:
         """The labelled sample and its uint8 views; ValueError naming the record where its media cannot be read."""
         if index in self.kept:
             return self.kept[index]
-        sample, views = self._make(index)
+        example = self._make(index)
+        (sample,), views = example.sequences, example.views
         size = 2 * sample.token_ids.nbytes + sum(visual.source.nbytes for visual in sample.visuals) + (0 if views is None else views.nbytes)
         with self._lock:
             if size <= self._room:
-                self.kept[index] = sample, views
+                self.kept[index] = example
                 self._room -= size
-        return sample, views
+        return example
 
-    def _make(self, index: int) -> Loaded:
+    def _make(self, index: int) -> Example:
         record, options = self.records[index], dataclasses.replace(self.config.inputs, tokenisation="hf")
         views: Tensor | None = None
         visuals: tuple[Visual, ...] = ()
@@ -75,7 +75,7 @@ class RecordData:
                 f"{record.where}: {len(sample)} tokens and {sample.views} views, but {self.tokens[index]} and {self.views[index]} when the "
                 "run started: its media have changed"
             )
-        return sample, views
+        return Example((sample,), views)
 
 
 def index_records(config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], None] | None = None) -> RecordData:

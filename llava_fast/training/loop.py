@@ -25,7 +25,7 @@ from llava_fast.training.checkpoint import list_states, load_state, save_state
 from llava_fast.training.config import TrainConfig, as_config
 from llava_fast.training.dataset import index_records
 from llava_fast.training.report import Report, StepMetrics
-from llava_fast.training.step import Trained, count, lr_factor, make_optimizer, prepare_parameters, train_step
+from llava_fast.training.step import LabelLoss, Objective, Trained, count, lr_factor, make_optimizer, prepare_parameters, train_step
 
 SAMPLED = 1 << 14  # values of a frozen tensor that a run is recognised by
 
@@ -118,8 +118,12 @@ def fit(
     device: torch.device | str = "cpu",
     on_step: Callable[[StepMetrics], None] | None = None,
     skipped: Skipped | None = None,
+    objective: Objective | None = None,
 ) -> TrainResult:
-    """Train `model` (an fp32 nn.Module with `loss(batch, reduction)`) on `data`, in place: `train` without reading and writing models."""
+    """Train `model` (an fp32 nn.Module) on `data`, in place: `train` without reading and writing models.
+
+    objective: what a row adds to the loss; None: the cross-entropy of its labels, by `model.loss(batch, reduction)`.
+    """
     if is_quantised(model):
         raise ValueError("a quantised model cannot be trained: load it without quantise")
     device, folder = torch.device(device), Path(config.output_dir)
@@ -149,7 +153,7 @@ def fit(
         )
         steps = ahead(make_steps(data, config, run.position, skipped if config.on_bad_record == "skip" else None))
         with contextlib.closing(steps):
-            _run_steps(model, run, steps, total, config, device, report, stop, on_step)
+            _run_steps(model, run, steps, total, config, device, report, stop, on_step, objective or LabelLoss())
         if config.save_every is not None or stop.is_set():
             run.save(folder, config.keep)
         if stop.is_set() and run.step < total:
@@ -217,17 +221,21 @@ def _run_steps(
     report: Report,
     stop: threading.Event,
     on_step: Callable[[StepMetrics], None] | None,
+    objective: Objective,
 ) -> None:
     """Steps until `total` or a stop request. Losses stay on the device until they are reported: reading one waits for the step."""
-    pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor]] = []
+    pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = []
 
     reported = time.perf_counter()
     labelled = run.position  # where the newest step with labels ended
 
     def flush() -> None:
-        read = [(known, loss.item(), norm.item()) for known, loss, norm in pending]
+        read = [
+            (known, loss.item(), norm.item(), {name: value.item() for name, value in others.items()})
+            for known, loss, norm, others in pending
+        ]
         seconds = (time.perf_counter() - reported) / max(len(read), 1)
-        finished = [StepMetrics(loss=loss, grad_norm=norm, seconds=seconds, **known) for known, loss, norm in read]
+        finished = [StepMetrics(loss=loss, grad_norm=norm, seconds=seconds, others=others, **known) for known, loss, norm, others in read]
         pending.clear()
         run.losses += [metrics.loss for metrics in finished]
         report.add(finished)
@@ -252,7 +260,7 @@ def _run_steps(
             run.position = step.after
             continue
         labelled = step.after
-        loss, norm = train_step(model, run.trained, run.optimizer, step.rows, factor, config.clip, device)
+        loss, norm, others = train_step(model, run.trained, run.optimizer, step.rows, factor, config.clip, device, objective)
         run.step += 1
         known = {
             "step": run.step,
@@ -268,7 +276,7 @@ def _run_steps(
         run.labels += step.labels
         run.samples += step.samples
         run.data_wait += waited
-        pending.append((known, loss, norm))
+        pending.append((known, loss, norm, others))
         save = config.save_every is not None and run.step % config.save_every == 0
         if save or run.step % config.log_every == 0 or run.step == total or stop.is_set():
             flush()

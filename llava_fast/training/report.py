@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class StepMetrics:
     """loss: mean over the step's labels.  grad_norm: before clipping.  lr: of the decoder, or of the first part that is trained.
     seconds: wall time, the mean over the steps that were reported together (a device works behind the program); data_wait: of the
-    step, waiting for rows."""
+    step, waiting for rows; others: what the objective reports besides, means like the loss."""
 
     step: int
     epoch: int
@@ -29,6 +29,7 @@ class StepMetrics:
     samples: int
     seconds: float
     data_wait: float
+    others: dict[str, float] = field(default_factory=dict)
 
     def line(self) -> str:
         share, speed = self.labels / max(self.tokens, 1), self.tokens / max(self.seconds, 1e-9)

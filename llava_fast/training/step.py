@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from llava_fast.batch import PackedBatch
+from llava_fast.training.batches import Row
 from llava_fast.training.config import TrainConfig
 
 
@@ -110,27 +110,53 @@ def make_optimizer(masters: dict[str, Tensor], config: TrainConfig) -> torch.opt
     )
 
 
+class Objective(Protocol):
+    """What is minimised: the sum over a step's rows of what each adds, over the sum of their weights."""
+
+    def weight(self, row: Row) -> int:
+        """How much the row counts: labels, or pairs."""
+        ...
+
+    def __call__(self, model: Any, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+        """The row's sum, and sums of what else is to be reported (weighted alike), for a row on the model's device."""
+        ...
+
+
+class LabelLoss:
+    """Cross-entropy of the labels."""
+
+    def weight(self, row: Row) -> int:
+        return row.batch.labels.shape[0]
+
+    def __call__(self, model: Any, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+        return model.loss(row.batch, reduction="sum"), {}
+
+
 def train_step(
     model: Any,
     trained: Trained,
     optimizer: torch.optim.Optimizer,
-    rows: Sequence[PackedBatch],
+    rows: Sequence[Row],
     factor: float,
     clip: float | None,
     device: torch.device | str,
-) -> tuple[Tensor, Tensor]:
-    """One optimiser step; returns (loss, gradient norm before clipping), 0-d tensors on the device.
+    objective: Objective,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """One optimiser step; returns (loss, gradient norm before clipping, what else the objective reports), 0-d tensors on the device.
 
-    loss = sum of the rows' label losses / number of labels of the whole step, so that how the samples are spread over rows changes
-    nothing.
+    loss = sum of the rows' losses / weight of the whole step (its labels), so that how the samples are spread over rows changes nothing.
     """
-    labels = sum(row.labels.shape[0] for row in rows)
+    weight = sum(objective.weight(row) for row in rows)
     loss = torch.zeros((), device=device)
+    others: dict[str, Tensor] = {}
     for row in rows:
-        row_loss = model.loss(row.to(device), reduction="sum") / labels
+        row_sum, sums = objective(model, row.to(device))
+        row_loss = row_sum / weight
         if row_loss.requires_grad:  # not where the decoder is frozen and the row has no picture
             row_loss.backward()
         loss += row_loss.detach()
+        for name, value in sums.items():
+            others[name] = others.get(name, 0) + value.detach() / weight
     with_gradient = [master for master in trained.masters.values() if master.grad is not None]
     norm = torch.nn.utils.get_total_norm([master.grad for master in with_gradient if master.grad is not None])
     if clip is not None:
@@ -139,7 +165,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     trained.publish()
-    return loss, norm
+    return loss, norm, others
 
 
 def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
