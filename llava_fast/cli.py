@@ -274,7 +274,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         app()
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         notes.print("error:", style="red", end=" ")
         notes.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)

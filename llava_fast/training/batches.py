@@ -26,6 +26,7 @@ class Dataset(Protocol):
     """Samples whose sizes are known before they are made. tokens, views: int64 [samples].
 
     fingerprint: a number below 2**32 that changes with the samples' contents, by which a run that goes on knows its data again.
+    It may have `name(index)`, what messages call a sample, and `scenario(index)`, the group its validation loss is counted in.
     """
 
     @property
@@ -40,6 +41,16 @@ class Dataset(Protocol):
     def load(self, index: int) -> Example:
         """What it gives a row; ValueError where its media cannot be read."""
         ...
+
+
+def name_of(data: Dataset, index: int) -> str:
+    return str(data.name(index)) if hasattr(data, "name") else f"sample {index}"
+
+
+def scenario_of(data: Dataset, index: int) -> str:
+    if hasattr(data, "scenario"):
+        return str(data.scenario(index))
+    return ("text", "one view")[data.views[index]] if data.views[index] < 2 else "several views"
 
 
 @dataclass(frozen=True)
@@ -85,16 +96,25 @@ class Step:
     after: Position
 
     @property
+    def real(self) -> list[Row]:
+        """Without the rows that only stand in."""
+        return [row for row in self.rows if row.indices]
+
+    @property
     def samples(self) -> int:
-        return sum(len(row.indices) for row in self.rows)
+        return sum(len(row.indices) for row in self.real)
 
     @property
     def tokens(self) -> int:
-        return sum(row.batch.num_tokens for row in self.rows)
+        return sum(row.batch.num_tokens for row in self.real)
+
+    @property
+    def views(self) -> int:
+        return sum(0 if row.batch.views is None else row.batch.views.shape[0] for row in self.real)
 
     @property
     def labels(self) -> int:
-        return sum(row.batch.labels.shape[0] for row in self.rows)
+        return sum(row.batch.labels.shape[0] for row in self.real)
 
 
 def plan_epoch(data: Dataset, config: TrainConfig, epoch: int) -> Packing:
@@ -129,9 +149,13 @@ def make_steps(
     with ThreadPoolExecutor(config.workers) as pool:
         rows = _rows(data, config, start)
         while taken := list(itertools.islice(rows, config.rows_per_step)):
-            loaded = [list(pool.map(_loader(data, on_bad), indices)) for indices, _ in taken]
-            rows_made = [_row(indices, examples) for (indices, _), examples in zip(taken, loaded, strict=True)]
-            yield Step([row for row in rows_made if row is not None], taken[-1][1])
+            made = [make_row(data, indices, pool, on_bad) for indices, _ in taken]
+            yield Step([row for row in made if row is not None], taken[-1][1])
+
+
+def make_row(data: Dataset, indices: Sequence[int], pool: ThreadPoolExecutor, on_bad: Callable[[str], None] | None) -> Row | None:
+    """The row of those samples that can be loaded; None where none can."""
+    return _row(indices, list(pool.map(_loader(data, on_bad), indices)))
 
 
 def _rows(data: Dataset, config: TrainConfig, start: Position) -> Iterator[tuple[list[int], Position]]:

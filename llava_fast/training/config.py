@@ -50,6 +50,11 @@ class TrainConfig:
     save_every: steps between checkpoints, None: only when interrupted; the newest `keep` stay.  resume: go on from the newest one.
     workers: threads that decode media ahead of the step.  cache_mb: memory for decoded samples, which later epochs then need not
     read again.
+
+    tensorboard: write events to output_dir/tensorboard; wandb: log to Weights & Biases (installed and logged in by you).
+    validation_data: mixture files like `data` whose loss, by scenario, is taken every `validate_every` steps and after the last one
+    (None: only then); it changes nothing of the training.
+    spike_factor: the run stops where a step's loss is above this many times the median of the last `spike_window` ones; None: never.
     """
 
     model: str
@@ -86,11 +91,23 @@ class TrainConfig:
     workers: int = 4  # ours
     cache_mb: int = 1024  # ours
 
+    # While it runs (docs/training.md, section 7); all ours.
+    tensorboard: bool = False
+    wandb: bool = False
+    validation_data: tuple[str, ...] = ()
+    validate_every: int | None = None
+    spike_factor: float | None = None  # a small step's loss may jump for honest reasons: 0.05 to 0.6 where one sample is hard
+    spike_window: int = 100
+
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, (str, os.PathLike)) else self.data
         paths = isinstance(data, (list, tuple)) and all(isinstance(path, (str, os.PathLike)) for path in data)
         require(paths and len(data) > 0, "data", data, "at least one file")
         object.__setattr__(self, "data", tuple(os.fspath(path) for path in data))
+        held_out = (self.validation_data,) if isinstance(self.validation_data, (str, os.PathLike)) else self.validation_data
+        paths = isinstance(held_out, (list, tuple)) and all(isinstance(path, (str, os.PathLike)) for path in held_out)
+        require(paths, "validation_data", held_out, "files")
+        object.__setattr__(self, "validation_data", tuple(os.fspath(path) for path in held_out))
         for name in ("model", "output_dir", "media_folder"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
@@ -113,12 +130,12 @@ class TrainConfig:
             value = getattr(self, name)
             require(isinstance(value, str) and bool(value), name, value, expected)
         require(self.media_folder is None or isinstance(self.media_folder, str), "media_folder", self.media_folder, "a directory or None")
-        for name in ("resume", "progress"):
+        for name in ("resume", "progress", "tensorboard", "wandb"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         require(isinstance(self.inputs, InputOptions), "inputs", self.inputs, "InputOptions or a mapping of their fields")
-        for name in ("epochs", "tokens_per_row", "rows_per_step", "packing_window", "keep", "log_every", "workers"):
+        for name in ("epochs", "tokens_per_row", "rows_per_step", "packing_window", "keep", "log_every", "workers", "spike_window"):
             require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
-        for name in ("max_steps", "views_per_row", "save_every"):
+        for name in ("max_steps", "views_per_row", "save_every", "validate_every"):
             require(getattr(self, name) is None or _whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1 or None")
         for name in ("seed", "cache_mb"):
             require(_whole(getattr(self, name), 0), name, getattr(self, name), "an integer >= 0")
@@ -132,6 +149,11 @@ class TrainConfig:
         require(is_number(self.weight_decay) and self.weight_decay >= 0, "weight_decay", self.weight_decay, "a number >= 0")
         require(is_number(self.warmup_ratio) and 0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "in [0, 1]")
         require(self.clip is None or (is_number(self.clip) and self.clip > 0), "clip", self.clip, "a number > 0 or None")
+        spike = self.spike_factor
+        require(spike is None or (is_number(spike) and spike > 1), "spike_factor", spike, "a number > 1 or None")
+        require(
+            self.validate_every is None or bool(self.validation_data), "validate_every", self.validate_every, "None without validation_data"
+        )
         require(
             self.inputs.tokenisation == "hf", "inputs.tokenisation", self.inputs.tokenisation, "left alone: `template` decides in training"
         )

@@ -7,8 +7,10 @@ import dataclasses
 import math
 import os
 import signal
+import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +22,18 @@ import torch
 from llava_fast import checkpoint
 from llava_fast.models.llava import Llava
 from llava_fast.quantise import is_quantised
-from llava_fast.training.batches import Dataset, Position, Step, ahead, make_steps, plan_epoch, total_steps
-from llava_fast.training.checkpoint import list_states, load_state, save_state
+from llava_fast.training.batches import Dataset, Row, Step, ahead, make_steps, name_of, plan_epoch, total_steps
+from llava_fast.training.checkpoint import Run, list_states
 from llava_fast.training.config import TrainConfig, as_config
 from llava_fast.training.dataset import index_records
-from llava_fast.training.report import Report, StepMetrics
-from llava_fast.training.step import LabelLoss, Objective, Trained, count, lr_factor, make_optimizer, prepare_parameters, train_step
+from llava_fast.training.distributed import Ranks
+from llava_fast.training.report import Report, StepMetrics, memory_held, peak_flops, step_flops
+from llava_fast.training.step import LabelLoss, Objective, count, lr_factor, make_optimizer, prepare_parameters, train_step
+from llava_fast.training.validation import Validation, plan_validation
 
 SAMPLED = 1 << 14  # values of a frozen tensor that a run is recognised by
+SPIKE_LEAST = 10  # losses that a median is taken of at least
+NAMED = 100  # samples that a message names
 
 # Settings that may change between a checkpoint and the run that goes on from it: none of them changes a loss. Where model and data lie
 # is free; what they hold is compared (`_settings`).
@@ -44,6 +50,12 @@ FREE = {
     "progress",
     "workers",
     "cache_mb",
+    "tensorboard",
+    "wandb",
+    "validation_data",
+    "validate_every",
+    "spike_factor",
+    "spike_window",
 }
 
 
@@ -53,6 +65,7 @@ class TrainResult:
 
     output_dir: the HF directory, which `load` and transformers read.  skipped: why each left-out record was left out.
     data_wait: seconds of `seconds` in which the device waited for rows.  fill: used share of the rows of the first epoch.
+    validation: the losses on validation_data after the last step, by scenario.
     """
 
     output_dir: str
@@ -65,6 +78,7 @@ class TrainResult:
     data_wait: float
     fill: float
     skipped: list[str] = field(default_factory=list)
+    validation: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -75,9 +89,10 @@ def train(config: TrainConfig | Mapping[str, Any] | str | os.PathLike, on_step: 
     """Train a checkpoint as configured and write an HF directory to `output_dir`.
 
     config: a `TrainConfig`, a mapping of its fields, or a YAML or TOML file.  on_step: called after every `log_every` steps, once
-    for each. Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt; the same call goes on from there.
-    Raises ValueError for a bad configuration, record or checkpoint before the first step, and FloatingPointError for a loss that is
-    not finite.
+    for each. Ctrl-C finishes the step, saves a checkpoint and raises KeyboardInterrupt, SIGTERM likewise and SystemExit(143); the same
+    call goes on from there.
+    Raises ValueError for a bad configuration, record or checkpoint before the first step, FloatingPointError, naming samples, for a
+    loss that is not finite or that jumped (`spike_factor`), and OSError where the last checkpoint could not be written.
     """
     config = as_config(config)
     device = checkpoint.as_device(config.device)
@@ -87,9 +102,13 @@ def train(config: TrainConfig | Mapping[str, Any] | str | os.PathLike, on_step: 
         )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     skipped = Skipped(Path(config.output_dir))
+    on_bad = skipped if config.on_bad_record == "skip" else None
     model = checkpoint.load(Llava, config.model, device=device, dtype=torch.float32)
-    data = index_records(config, model.input_spec, skipped if config.on_bad_record == "skip" else None)
-    result = fit(model, data, config, device, on_step, skipped)
+    data = index_records(config, model.input_spec, on_bad)
+    held_out = None
+    if config.validation_data:
+        held_out = index_records(dataclasses.replace(config, data=config.validation_data), model.input_spec, on_bad)
+    result = fit(model, data, config, device, on_step, skipped, held_out=held_out)
     checkpoint.save_pretrained(model, config.output_dir)
     return result
 
@@ -119,19 +138,23 @@ def fit(
     on_step: Callable[[StepMetrics], None] | None = None,
     skipped: Skipped | None = None,
     objective: Objective | None = None,
+    held_out: Dataset | None = None,
 ) -> TrainResult:
     """Train `model` (an fp32 nn.Module) on `data`, in place: `train` without reading and writing models.
 
     objective: what a row adds to the loss; None: the cross-entropy of its labels, by `model.loss(batch, reduction)`.
+    held_out: samples whose loss is taken as `config.validate_every` says.
     """
     if is_quantised(model):
         raise ValueError("a quantised model cannot be trained: load it without quantise")
-    device, folder = torch.device(device), Path(config.output_dir)
+    device, folder, ranks = torch.device(device), Path(config.output_dir), Ranks()
     folder.mkdir(parents=True, exist_ok=True)
     skipped = skipped or Skipped(folder)
+    on_bad = skipped if config.on_bad_record == "skip" else None
     first_epoch = plan_epoch(data, config, 0)
     if not first_epoch.rows:
         raise ValueError(f"no record of {', '.join(config.data)} can be trained on ({len(skipped.messages)} left out)")
+    validation = None if held_out is None else plan_validation(held_out, config, on_bad)
     total = total_steps(data, config)
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     trained = prepare_parameters(model, config, precision)
@@ -140,25 +163,21 @@ def fit(
     if found and not config.resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run ({found[-1].name}): set resume, or choose another output_dir")
     if found:
-        run.restore(found[-1])
+        run.restore(found[-1], ranks)
     trained.publish()
     model.train()
 
     began = time.perf_counter()
     fill = first_epoch.fill(data.tokens, config.tokens_per_row)
-    with Report(folder, total, run.step, config.progress, config.log_every) as report, _stop_request() as stop:
+    with Report(config, total, run.step, silent=not ranks.first) as report, _stop_request() as stop:
         report.say(
             f"{len(data.tokens):,} samples, {len(first_epoch.rows):,} rows an epoch ({fill:.1%} full), {total:,} steps, "
             f"{count(trained.working.values()):,} parameters trained in {precision}" + (f", from step {run.step}" if run.step else "")
         )
-        steps = ahead(make_steps(data, config, run.position, skipped if config.on_bad_record == "skip" else None))
-        with contextlib.closing(steps):
-            _run_steps(model, run, steps, total, config, device, report, stop, on_step, objective or LabelLoss())
-        if config.save_every is not None or stop.is_set():
-            run.save(folder, config.keep)
-        if stop.is_set() and run.step < total:
-            report.say(f"stopped after step {run.step} of {total}; the same call goes on from there")
-            raise KeyboardInterrupt
+        loop = Loop(model, data, run, total, config, device, ranks, report, stop, on_step, Watched(objective or LabelLoss()), validation)
+        with contextlib.closing(ahead(make_steps(data, config, run.position, on_bad))) as steps:
+            loop.go(steps)
+        loop.finish()
     model.eval()
     return TrainResult(
         output_dir=config.output_dir,
@@ -171,104 +190,106 @@ def fit(
         data_wait=run.data_wait,
         fill=fill,
         skipped=list(skipped.messages),
+        validation=loop.validated,
     )
 
 
+class Watched:
+    """An objective that remembers what each row came to, so that a bad step's samples can be named."""
+
+    def __init__(self, inner: Objective):
+        self.inner = inner
+        self.weight = inner.weight
+        self.rows: list[tuple[tuple[int, ...], torch.Tensor]] = []
+
+    def __call__(self, model: Any, row: Row) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        row_sum, others = self.inner(model, row)
+        self.rows.append((row.indices, row_sum.detach() / max(self.weight(row), 1)))
+        return row_sum, others
+
+    def taken(self) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+        """The samples and the mean of each row since the last call."""
+        rows, self.rows = self.rows, []
+        return rows
+
+
 @dataclass
-class Run:
-    """The moving state of a run. A checkpoint holds all of it but the counts, which are of this call."""
-
-    trained: Trained
-    optimizer: torch.optim.Optimizer
-    settings: dict[str, Any]
-    step: int = 0
-    position: Position = Position()
-    losses: list[float] = field(default_factory=list)
-    tokens: int = 0
-    labels: int = 0
-    samples: int = 0
-    data_wait: float = 0.0
-
-    def save(self, folder: Path, keep: int) -> None:
-        state = {
-            "settings": self.settings,
-            "step": self.step,
-            "position": dataclasses.asdict(self.position),
-            "losses": self.losses,
-            "parameters": {name: master.detach() for name, master in self.trained.masters.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-        save_state(folder, self.step, state, keep)
-
-    @torch.no_grad()
-    def restore(self, path: Path) -> None:
-        state = load_state(path, self.settings)
-        for name, master in self.trained.masters.items():
-            master.copy_(state["parameters"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        self.step, self.position, self.losses = state["step"], Position(**state["position"]), state["losses"]
-
-
-def _run_steps(
-    model: Any,
-    run: Run,
-    steps: Iterator[Step],
-    total: int,
-    config: TrainConfig,
-    device: torch.device,
-    report: Report,
-    stop: threading.Event,
-    on_step: Callable[[StepMetrics], None] | None,
-    objective: Objective,
-) -> None:
+class Loop:
     """Steps until `total` or a stop request. Losses stay on the device until they are reported: reading one waits for the step."""
-    pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = []
 
-    reported = time.perf_counter()
-    labelled = run.position  # where the newest step with labels ended
+    model: Any
+    data: Dataset
+    run: Run
+    total: int
+    config: TrainConfig
+    device: torch.device
+    ranks: Ranks
+    report: Report
+    stop: Stop
+    on_step: Callable[[StepMetrics], None] | None
+    objective: Watched
+    validation: Validation | None
+    validated: dict[str, float] = field(default_factory=dict)
+    pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list]] = field(default_factory=list)
 
-    def flush() -> None:
-        read = [
-            (known, loss.item(), norm.item(), {name: value.item() for name, value in others.items()})
-            for known, loss, norm, others in pending
-        ]
-        seconds = (time.perf_counter() - reported) / max(len(read), 1)
-        finished = [StepMetrics(loss=loss, grad_norm=norm, seconds=seconds, others=others, **known) for known, loss, norm, others in read]
-        pending.clear()
-        run.losses += [metrics.loss for metrics in finished]
-        report.add(finished)
-        for metrics in finished:
-            if not math.isfinite(metrics.loss):
-                raise FloatingPointError(f"the loss of step {metrics.step} is {metrics.loss} (gradient norm {metrics.grad_norm})")
-            if on_step is not None:
-                on_step(metrics)
+    def go(self, steps: Iterator[Step]) -> None:
+        run, config = self.run, self.config
+        self.peak = peak_flops(self.device)
+        self.reported = time.perf_counter()
+        labelled = run.position  # where the newest step with labels ended
+        while run.step < self.total and not self.stop.number:
+            started = time.perf_counter()
+            step = next(steps, None)
+            if step is None:  # unreadable samples only: the last rows came to nothing
+                break
+            waited = time.perf_counter() - started
+            if not step.labels:
+                if (step.after.epoch - 1, 0) >= (labelled.epoch, labelled.row):
+                    raise ValueError(
+                        f"a whole epoch gave nothing to learn: none of its samples could be read; see {config.output_dir}/skipped.txt"
+                    )
+                run.position = step.after
+                continue
+            labelled = step.after
+            self._one(step, waited)
+            save = config.save_every is not None and run.step % config.save_every == 0
+            validate = config.validate_every is not None and run.step % config.validate_every == 0
+            if save or validate or run.step % config.log_every == 0 or run.step == self.total or self.stop.number:
+                self._flush()
+                if validate and run.step < self.total:
+                    self._validate()
+                if save and run.step < self.total:
+                    self._save(last=False)
+                self.reported = time.perf_counter()
+        self._flush()
 
-    while run.step < total and not stop.is_set():
-        started = time.perf_counter()
-        step = next(steps, None)
-        if step is None:  # unreadable samples only: the last rows came to nothing
-            break
-        waited = time.perf_counter() - started
-        factor = lr_factor(run.step, total, config.warmup_ratio, config.schedule)
-        if not step.labels:
-            if (step.after.epoch - 1, 0) >= (labelled.epoch, labelled.row):
-                raise ValueError(
-                    f"a whole epoch gave nothing to learn: none of its samples could be read; see {config.output_dir}/skipped.txt"
-                )
-            run.position = step.after
-            continue
-        labelled = step.after
-        loss, norm, others = train_step(model, run.trained, run.optimizer, step.rows, factor, config.clip, device, objective)
+    def finish(self) -> None:
+        """The last checkpoint, where any was asked for or the run is stopped early; then KeyboardInterrupt or SystemExit."""
+        run, number = self.run, self.stop.number
+        if self.config.save_every is not None or number:
+            self._save(last=True)
+        if number and run.step < self.total:
+            self.report.say(f"stopped after step {run.step} of {self.total}; the same call goes on from there")
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        if self.validation is not None:
+            self._validate()
+
+    def _one(self, step: Step, waited: float) -> None:
+        run, config = self.run, self.config
+        factor = lr_factor(run.step, self.total, config.warmup_ratio, config.schedule)
+        loss, norm, others = train_step(self.model, run.trained, run.optimizer, step.rows, factor, config.clip, self.device, self.objective)
         run.step += 1
+        rates = {group["part"]: group["lr"] for group in run.optimizer.param_groups}
         known = {
             "step": run.step,
             "epoch": run.position.epoch,
-            "lr": _shown_lr(run.optimizer),
+            "lr": rates.get("decoder", next(iter(rates.values()))),
+            "rates": rates,
             "tokens": step.tokens,
+            "views": step.views,
             "labels": step.labels,
             "samples": step.samples,
+            "flops": step_flops(getattr(self.model, "config", None), step.real, config.lr_vision_tower is not None),
             "data_wait": waited,
         }
         run.position = step.after
@@ -276,18 +297,74 @@ def _run_steps(
         run.labels += step.labels
         run.samples += step.samples
         run.data_wait += waited
-        pending.append((known, loss, norm, others))
-        save = config.save_every is not None and run.step % config.save_every == 0
-        if save or run.step % config.log_every == 0 or run.step == total or stop.is_set():
-            flush()
-            if save and run.step < total:
-                run.save(Path(config.output_dir), config.keep)
-            reported = time.perf_counter()
-    flush()
+        self.pending.append((known, loss, norm, others, self.objective.taken()))
 
+    def _flush(self) -> None:
+        """Read what the steps since the last time came to, report it, and stop at what must not be saved."""
+        read = [
+            (known, loss.item(), norm.item(), {name: value.item() for name, value in others.items()}, rows)
+            for known, loss, norm, others, rows in self.pending
+        ]
+        self.pending.clear()
+        seconds = (time.perf_counter() - self.reported) / max(len(read), 1)
+        memory = memory_held(self.device)
+        finished = [
+            StepMetrics(loss=loss, grad_norm=norm, seconds=seconds, others=others, memory=memory, **self._speed(known, seconds))
+            for known, loss, norm, others, _ in read
+        ]
+        self.report.add(finished)
+        for metrics, (*_, rows) in zip(finished, read, strict=True):
+            self._check(metrics, rows)
+            self.run.losses.append(metrics.loss)
+            if self.on_step is not None:
+                self.on_step(metrics)
 
-def _shown_lr(optimizer: torch.optim.Optimizer) -> float:
-    return max(optimizer.param_groups, key=lambda group: group["part"] == "decoder")["lr"]
+    def _speed(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
+        flops = known.pop("flops") / max(seconds, 1e-9)
+        return {**known, "tflops": flops / 1e12, "mfu": flops / self.peak / self.ranks.world if flops and self.peak else None}
+
+    def _check(self, metrics: StepMetrics, rows: list[tuple[tuple[int, ...], torch.Tensor]]) -> None:
+        """FloatingPointError, naming the samples of the rows it came from, for a loss that is not finite or that jumped."""
+        means = [(indices, mean.item()) for indices, mean in rows if indices]
+        before, factor = self.run.losses[-self.config.spike_window :], self.config.spike_factor
+        if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+            what = f"the loss of step {metrics.step} is {metrics.loss} (gradient norm {metrics.grad_norm})"
+            guilty = [indices for indices, mean in means if not math.isfinite(mean)] or [indices for indices, _ in means]
+        elif factor and len(before) >= SPIKE_LEAST and metrics.loss > factor * statistics.median(before):
+            what = (
+                f"the loss of step {metrics.step} is {metrics.loss:.4g}, more than spike_factor {factor} times the median "
+                f"{statistics.median(before):.4g} of the {len(before)} before it"
+            )
+            guilty = [max(means, key=lambda row: row[1])[0]]
+        else:
+            return
+        names = [name_of(self.data, index) for indices in guilty for index in indices]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        kept = list_states(Path(self.config.output_dir))
+        raise FloatingPointError(
+            f"{what}; it came with {', '.join(names[:NAMED])}{more}. Nothing of it was saved: "
+            + (f"the last checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet")
+        )
+
+    def _validate(self) -> None:
+        assert self.validation is not None
+        self.validated = self.validation.losses(self.model, self.objective.inner, self.device)
+        self.report.validated(self.run.step, self.validated)
+
+    def _save(self, last: bool) -> None:
+        """A checkpoint that cannot be written is said, and ends the run only where there is nothing more to do."""
+        folder = Path(self.config.output_dir)
+        try:
+            self.run.save(folder, self.config.keep, self.ranks)
+        except OSError as error:
+            kept = list_states(folder)
+            message = f"the checkpoint of step {self.run.step} could not be written ({error.strerror or error}); " + (
+                f"{kept[-1]} is intact" if kept else "there is none before it"
+            )
+            if last:
+                raise OSError(message) from error
+            if self.ranks.first:
+                warnings.warn(f"{message}; the run goes on", stacklevel=2)
 
 
 def _settings(model: torch.nn.Module, data: Dataset, config: TrainConfig, precision: str) -> dict[str, Any]:
@@ -321,21 +398,31 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+@dataclass
+class Stop:
+    """number: of the signal that asked for an end; 0 without one."""
+
+    number: int = 0
+
+
 @contextlib.contextmanager
-def _stop_request() -> Iterator[threading.Event]:
-    """Set by the first Ctrl-C; the second interrupts at once. Only the main thread can catch signals: elsewhere it is never set."""
-    stop = threading.Event()
+def _stop_request() -> Iterator[Stop]:
+    """Set by the first Ctrl-C or SIGTERM; the second of a kind ends the process at once. Only the main thread can catch signals:
+    elsewhere it is never set."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.getsignal(signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def handle(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before)
+        stop.number = number
+        signal.signal(number, before[signal.Signals(number)])
 
-    signal.signal(signal.SIGINT, handle)
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,23 +1,37 @@
-"""What a run says while it runs: a progress line (a line now and then where there is no terminal) and metrics.jsonl."""
+"""What a run says while it runs: a progress line (a line now and then where there is no terminal), metrics.jsonl, TensorBoard, wandb."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
+from zlib import crc32
 
+import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llava_fast.config import LlavaConfig
+from llava_fast.training.batches import Row
+from llava_fast.training.config import TrainConfig
+
+# Dense bf16 TFLOP/s by the maker's data sheets, by what the device's name holds; the first that fits.
+PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "A10": 125}
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """loss: mean over the step's labels.  grad_norm: before clipping.  lr: of the decoder, or of the first part that is trained.
+    """loss: mean over the step's labels.  grad_norm: before clipping.  lr: of the decoder, or of the first part that is trained;
+    rates: of all parts.  tokens, views, labels, samples: of the step, all ranks together.
     seconds: wall time, the mean over the steps that were reported together (a device works behind the program); data_wait: of the
-    step, waiting for rows; others: what the objective reports besides, means like the loss."""
+    step, waiting for rows; tflops: model arithmetic done a second, in 1e12, by all ranks; mfu: its share of what their devices could do
+    in bf16, None where that is not known.  memory: bytes, the most the device held; on the CPU, what the process holds.
+    others: what the objective reports besides, means like the loss."""
 
     step: int
     epoch: int
@@ -30,56 +44,174 @@ class StepMetrics:
     seconds: float
     data_wait: float
     others: dict[str, float] = field(default_factory=dict)
+    views: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
+    tflops: float = 0.0
+    mfu: float | None = None
+    memory: int = 0
 
     def line(self) -> str:
-        share, speed = self.labels / max(self.tokens, 1), self.tokens / max(self.seconds, 1e-9)
-        return f"loss {self.loss:.4f}  {speed:,.0f} tokens/s  labels {share:.1%}  data wait {self.data_wait / max(self.seconds, 1e-9):.0%}"
+        seconds = max(self.seconds, 1e-9)
+        parts = [f"loss {self.loss:.4f}", f"lr {self.lr:.2e}", f"{self.tokens / seconds:,.0f} tokens/s"]
+        parts += [f"{self.views / seconds:,.1f} views/s"] if self.views else []
+        parts += [f"MFU {self.mfu:.1%}" if self.mfu is not None else f"{self.tflops:.3g} TFLOP/s"] if self.tflops else []
+        parts += [f"labels {self.labels / max(self.tokens, 1):.1%}", f"data wait {self.data_wait / seconds:.0%}"]
+        return "  ".join([*parts, f"{self.memory / 2**30:.2f} GiB"])
+
+    def scalars(self) -> dict[str, float]:
+        """What TensorBoard and wandb show, by name."""
+        seconds = max(self.seconds, 1e-9)
+        values = {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "speed/tokens_per_second": self.tokens / seconds,
+            "speed/views_per_second": self.views / seconds,
+            "speed/tflops": self.tflops,
+            "speed/data_wait": self.data_wait / seconds,
+            "memory_gib": self.memory / 2**30,
+            **{f"lr/{part}": rate for part, rate in self.rates.items()},
+            **self.others,
+        }
+        return values if self.mfu is None else {**values, "speed/mfu": self.mfu}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 arithmetic of a device a second; None for one that is not in the table."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
+
+
+def memory_held(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU; of a CPU run the process's own memory now, without files that are mapped (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("RssAnon:")) * 1024
+    except OSError:
+        return 0
+
+
+def row_flops(config: LlavaConfig, lengths: np.ndarray, views: int, labels: int) -> tuple[float, float]:
+    """Multiplications and additions of a forward pass over sequences of these lengths: (tower, projector and decoder)."""
+    vision, decoder = config.vision, config.decoder
+    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    weights = decoder.width * (2 * queries + 2 * keys + 3 * decoder.mlp_width)
+    attention = 2.0 * queries * float((np.asarray(lengths, dtype=np.float64) ** 2).sum())  # half of the square is seen
+    rest = decoder.layers * (2.0 * weights * float(np.sum(lengths)) + attention) + 2.0 * labels * decoder.width * decoder.vocab_size
+    E, P = vision.width, vision.positions
+    tower = config.executed_layers * P * (2.0 * (4 * E * E + 2 * E * vision.mlp_width) + 4.0 * P * E)
+    projector = 2.0 * P * (E * len(config.feature_layers) * decoder.width + decoder.width**2)
+    return views * tower, rest + views * projector
+
+
+def step_flops(config: LlavaConfig | None, rows: Iterable[Row], tower_trained: bool) -> float:
+    """An estimate of a step's arithmetic, backward pass (twice the forward one) included; 0 for a model that is not ours."""
+    total = 0.0
+    for row in rows if isinstance(config, LlavaConfig) else ():
+        assert config is not None
+        views = 0 if row.batch.views is None else row.batch.views.shape[0]
+        tower, rest = row_flops(config, row.batch.cu_seqlens.diff().numpy(), views, row.batch.labels.shape[0])
+        total += (3 if tower_trained else 1) * tower + 3 * rest
+    return total
 
 
 class Report:
-    """Context manager around a run; `add` takes the metrics of finished steps."""
+    """Context manager around a run; `add` takes the metrics of finished steps. With `silent`, of a rank that is not the first, nothing."""
 
-    def __init__(self, folder: Path, total: int, done: int, progress: bool, every: int):
-        self.path = folder / "metrics.jsonl"
-        self.every = every
-        self.total = total
-        _forget_steps_after(self.path, done)
-        console = Console()
-        self.console = console if progress else None
+    def __init__(self, config: TrainConfig, total: int, done: int, silent: bool = False):
+        folder = Path(config.output_dir)
+        self.every, self.total, self.silent = config.log_every, total, silent
+        self.console = Console() if config.progress and not silent else None
         self.bar: Progress | None = None
-        if progress and console.is_terminal:
+        self.boards: list[Any] = []
+        if silent:
+            return
+        self.path, self.held_out = folder / "metrics.jsonl", folder / "validation.jsonl"
+        for path in (self.path, self.held_out):
+            _forget_steps_after(path, done)
+        if self.console is not None and self.console.is_terminal:
             columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
-            self.bar = Progress(*columns, console=console)
+            self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task("train", total=total, completed=done, line="")
+        self.boards = [*([_TensorBoard(folder, done)] if config.tensorboard else []), *([_Wandb(config)] if config.wandb else [])]
         self.said = time.monotonic()
 
     def __enter__(self) -> Report:
         if self.bar is not None:
             self.bar.start()
-        self.file = self.path.open("a")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.bar is not None:
             self.bar.stop()
-        self.file.close()
+        for board in self.boards:
+            board.close()
 
     def add(self, finished: Iterable[StepMetrics]) -> None:
-        last: StepMetrics | None = None
-        for last in finished:
-            self.file.write(json.dumps(asdict(last)) + "\n")
-        if last is None:
+        finished = list(finished)
+        if self.silent or not finished:
             return
-        self.file.flush()
+        last = finished[-1]
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(asdict(metrics)) + "\n" for metrics in finished)
+        for board in self.boards:
+            for metrics in finished:
+                board.add(metrics.step, metrics.scalars())
         if self.bar is not None:
             self.bar.update(self.task, completed=last.step, line=last.line())
         elif self.console is not None and (time.monotonic() - self.said > 10 or last.step in (self.every, self.total)):
-            self.console.print(f"step {last.step}/{self.total}  {last.line()}", highlight=False, soft_wrap=True)
+            self.say(f"step {last.step}/{self.total}  {last.line()}")
             self.said = time.monotonic()
+
+    def validated(self, step: int, losses: Mapping[str, float]) -> None:
+        if self.silent:
+            return
+        with self.held_out.open("a") as file:
+            file.write(json.dumps({"step": step, **losses}) + "\n")
+        for board in self.boards:
+            board.add(step, {f"validation/{name}": loss for name, loss in losses.items()})
+        self.say(f"step {step}/{self.total}  validation: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
     def say(self, message: str) -> None:
         if self.console is not None:
             (self.bar.console if self.bar is not None else self.console).print(message, highlight=False, soft_wrap=True)
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, done: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("tensorboard: true needs the package tensorboard: pip install llava_fast[train]") from error
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _Wandb:
+    def __init__(self, config: TrainConfig):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("wandb: true needs the package wandb: pip install wandb") from error
+        # One id for a folder: a run that goes on is the same run there.
+        folder = Path(config.output_dir).resolve()
+        name, own = folder.name, f"{crc32(str(folder).encode()):08x}"
+        self.run = wandb.init(project="llava_fast", name=name, id=own, resume="allow", dir=config.output_dir, config=asdict(config))
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        self.run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 def _forget_steps_after(path: Path, done: int) -> None:

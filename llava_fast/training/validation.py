@@ -1,0 +1,71 @@
+"""Loss on held-out samples, by scenario: the same rows every time, and nothing of it reaches the training."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llava_fast.inputs.packing import pack_rows
+from llava_fast.training.batches import Dataset, Row, ahead, make_row, scenario_of
+from llava_fast.training.config import TrainConfig
+from llava_fast.training.step import Objective
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out samples in rows of one scenario each, so that any objective's loss can be told apart by scenario."""
+
+    data: Dataset
+    rows: list[tuple[str, list[int]]]
+    config: TrainConfig
+    on_bad: Callable[[str], None] | None
+
+    @torch.no_grad()
+    def losses(self, model: Any, objective: Objective, device: torch.device) -> dict[str, float]:
+        """The objective's mean over each scenario's labels (or pairs), and over all of them under 'all'."""
+        training = model.training
+        model.eval()
+        sums = {scenario: [0.0, 0.0] for scenario, _ in self.rows}
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(ahead(self._made())) as rows:
+            for scenario, row in rows:
+                if row is not None:
+                    sums[scenario][0] += objective(model, row.to(device))[0].item()
+                    sums[scenario][1] += objective.weight(row)
+        model.train(training)
+        sums["all"] = [sum(column) for column in zip(*sums.values(), strict=True)]
+        return {scenario: loss / weight for scenario, (loss, weight) in sums.items() if weight}
+
+    def _made(self) -> Generator[tuple[str, Row | None], None, None]:
+        with ThreadPoolExecutor(self.config.workers) as pool:
+            for scenario, indices in self.rows:
+                yield scenario, make_row(self.data, indices, pool, self.on_bad)
+
+
+def plan_validation(data: Dataset, config: TrainConfig, on_bad: Callable[[str], None] | None = None) -> Validation:
+    """Pack each scenario's samples. Raises ValueError where there are none."""
+    if not len(data.tokens):
+        raise ValueError(f"no record of validation_data ({', '.join(config.validation_data)}) can be validated on")
+    members: dict[str, list[int]] = {}
+    for index in range(len(data.tokens)):
+        members.setdefault(scenario_of(data, index), []).append(index)
+    rows = []
+    for scenario, indices in sorted(members.items()):
+        chosen = np.array(indices)
+        packed = pack_rows(
+            data.tokens[chosen],
+            data.views[chosen],
+            config.tokens_per_row,
+            config.views_per_row,
+            window=config.packing_window,
+            seed=0,
+            epoch=0,
+            too_long="skip",
+        )
+        rows += [(scenario, [int(chosen[i]) for i in row]) for row in packed.rows]
+    return Validation(data, rows, config, on_bad)
