@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from llava_fast.kernels import registry
 from llava_fast.kernels._triton import config, device_class, jit, on_device, tl, triton
 
 FEW_ROWS = 8
@@ -301,7 +302,7 @@ def _launch(
     if M == 0 or O == 0:
         return
     group = 0 if group >= I else group  # one scale a row meets the sum alone
-    if M <= FEW_ROWS:
+    if M <= FEW_ROWS and not registry.is_invariant():
         _gemv(out, x, weight, scale, bias, residual, kind, group, act, rows, pre)
         return
     if kind not in ("int8", "int4"):
@@ -315,8 +316,8 @@ def _launch(
     assert scale is not None, kind
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     default = {"BLOCK_M": 128, "BLOCK_O": 128, "BLOCK_I": 64, "num_warps": 8, "num_stages": 3}
-    if M <= 64:
-        default |= {"BLOCK_M": max(16, triton.next_power_of_2(M)), "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
+    if _rows(M) <= 64:
+        default |= {"BLOCK_M": max(16, triton.next_power_of_2(_rows(M))), "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
     if x.dtype == torch.float32:
         default |= {"BLOCK_M": min(64, default["BLOCK_M"]), "BLOCK_O": 64, "BLOCK_I": default["BLOCK_I"] // 2, "num_stages": 2}
     options = config("_gemm_quantised_kernel", f"{kind} {_size(M)}x{O}x{I}", default, x.device)
@@ -411,8 +412,8 @@ def gemm(
     if M == 0:
         return
     default = {"BLOCK_M": 128, "BLOCK_O": 128, "BLOCK_I": 128 // x.element_size(), "num_warps": 8, "num_stages": 3}
-    if M <= 64:
-        default |= {"BLOCK_M": max(16, triton.next_power_of_2(M)), "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
+    if _rows(M) <= 64:
+        default |= {"BLOCK_M": max(16, triton.next_power_of_2(_rows(M))), "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
     if x.dtype == torch.float32:
         default |= {"BLOCK_M": min(64, default["BLOCK_M"]), "BLOCK_O": 64, "num_warps": 4, "num_stages": 2}
     options = config("_gemm_kernel", f"{str(x.dtype).removeprefix('torch.')} {_size(M)}x{O}x{I}", default, x.device)
@@ -443,9 +444,14 @@ def gemm(
     )
 
 
+def _rows(M: int) -> int:
+    """Rows that tiles are chosen for: 64 for any number where one must not depend on the others."""
+    return 64 if registry.is_invariant() else M
+
+
 def _size(M: int) -> str:
     """Rows as a shape class: the next power of two, 4096 at most."""
-    return f"{min(4096, triton.next_power_of_2(M))}"
+    return f"{min(4096, triton.next_power_of_2(_rows(M)))}"
 
 
 def _divisor(group: int, block: int) -> int:

@@ -212,10 +212,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "activation",
     {
-        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",), invariant=True),
         "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False, invariant=True),
     },
 )
 

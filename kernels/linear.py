@@ -309,6 +309,7 @@ def _launch_cpu(
         address(rows),
         address(pre),
         torch.get_num_threads(),
+        registry.is_invariant(),
     )
 
 
@@ -333,10 +334,10 @@ LAUNCHERS["triton"] = _linear_triton.launch
 registry.register(
     "linear",
     {
-        "cpu": Implementation(("cpu",), _FLOATS, serves=lambda kind: kind in _CPU_KINDS, modules=("llava_fast._cpu",)),
+        "cpu": Implementation(("cpu",), _FLOATS, serves=lambda kind: kind in _CPU_KINDS, modules=("llava_fast._cpu",), invariant=True),
         "reference": Implementation(),
         # Compiled and interpreted, and never run on hardware: by name only until it is measured.
-        "triton": Implementation(DEVICES, _FLOATS, _linear_triton.serves, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _FLOATS, _linear_triton.serves, modules=("triton",), default=False, invariant=True),
     },
     shapes=("float32", "bfloat16", "int8", "int4", "fp8"),
 )

@@ -269,10 +269,10 @@ _norm.register_autograd(_backward, setup_context=_setup_context)
 registry.register(
     "norm",
     {
-        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",), invariant=True),
         "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(DEVICES, _DTYPES, lambda D: D <= WIDEST, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, lambda D: D <= WIDEST, modules=("triton",), default=False, invariant=True),
     },
     shapes=(1024, 1152, 4096),
 )

@@ -118,7 +118,7 @@ def _forward_cpu(
     rows = [_cpu.Rows(x.data_ptr(), element(x.dtype), x.stride(0), x.stride(1)) for x in (q, out)]
     caches = [_cpu.Rows(x.data_ptr(), element(x.dtype), x.stride(1), x.stride(2)) for x in (k_cache, v_cache)]
     S, threads = seqlens_k.shape[0], torch.get_num_threads()
-    task = _cpu.AttentionTask(T, B * page, S, H, G, d, True, scale, rows[0], *caches, rows[1], 0, 0, threads)
+    task = _cpu.AttentionTask(T, B * page, S, H, G, d, True, scale, rows[0], *caches, rows[1], 0, 0, threads, registry.is_invariant())
     pages = (block_table.shape[1], page, B, k_cache.stride(0), v_cache.stride(0))
     _cpu.paged_attention(
         task, cu_seqlens_q.data_ptr(), seqlens_k.data_ptr(), block_table.data_ptr(), *pages, address(k_scale), address(v_scale)
@@ -157,7 +157,9 @@ def _(q, k_cache, v_cache, block_table, cu_seqlens_q, seqlens_k, scale, k_scale,
 registry.register(
     "paged_attention",
     {
-        "cpu": Implementation(("cpu",), (torch.float32, torch.bfloat16, torch.float16), lambda case: case[0] <= 256, ("llava_fast._cpu",)),
+        "cpu": Implementation(
+            ("cpu",), (torch.float32, torch.bfloat16, torch.float16), lambda case: case[0] <= 256, ("llava_fast._cpu",), invariant=True
+        ),
         "reference": Implementation(),
         # Compiled, and never run on hardware: by name only until it is measured.
         "triton": Implementation(
@@ -165,6 +167,7 @@ registry.register(
             (torch.float32, torch.bfloat16, torch.float16),
             modules=("triton",),
             default=False,
+            invariant=True,
         ),
     },
     shapes=((64, "float32"), (128, "bfloat16")),

@@ -156,9 +156,9 @@ _DTYPES = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "patchify",
     {
-        "reference": Implementation(),
+        "reference": Implementation(invariant=True),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False, invariant=True),
     },
 )
 

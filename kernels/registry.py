@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import pkgutil
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor
 
 NAMES = ("reference", "cpu", "triton", "cuda", "torch", "flash_attn", "xformers")
 ENVIRONMENT = "LLAVA_FAST_KERNELS"
+NOT_INVARIANT = "its results depend on how many rows a call has"
 
 log = logging.getLogger("llava_fast.kernels")
 
@@ -30,7 +32,7 @@ class Implementation:
     """What an implementation serves; the op's file knows its functions by its name.
 
     devices: device types, dtypes: dtypes (None: all).  serves: shape classes (None: all).  modules: what it imports, tried before it is
-    chosen.  default: False for one that runs only when asked for by name.
+    chosen.  default: False for one that runs only when asked for by name.  invariant: whether it can do what `batch_invariant` asks.
     """
 
     devices: tuple[str, ...] | None = None
@@ -38,6 +40,7 @@ class Implementation:
     serves: Callable[[Any], bool] | None = None
     modules: tuple[str, ...] = ()
     default: bool = True
+    invariant: bool = False
 
     def obstacle(self, device: str, dtype: torch.dtype, shape: Hashable) -> str | None:
         """Why it cannot take the call, or None."""
@@ -74,6 +77,7 @@ _ops: dict[str, Mapping[str, Implementation]] = {}
 _shapes: dict[str, Sequence[Hashable]] = {}
 _overrides: dict[str, str] = {}  # of the innermost use()
 _resolved: dict[tuple[Any, ...], str] = {}
+_of_thread = threading.local()  # .invariant
 
 
 def register(op: str, implementations: Mapping[str, Implementation], shapes: Sequence[Hashable] = (None,)) -> None:
@@ -92,7 +96,7 @@ def resolve_name(op: str, device: str, dtype: torch.dtype, shape: Hashable = Non
 
     Raises ValueError where LLAVA_FAST_KERNELS or use() asks for what does not exist or cannot serve the call.
     """
-    key = (op, device, dtype, shape)
+    key = (op, device, dtype, shape, is_invariant())
     if key not in _resolved:
         name, reason = _choose(op, device, dtype, shape)
         log.info(
@@ -103,20 +107,40 @@ def resolve_name(op: str, device: str, dtype: torch.dtype, shape: Hashable = Non
 
 
 def _choose(op: str, device: str, dtype: torch.dtype, shape: Hashable) -> tuple[str, str]:
-    asked = {**_environment(), **_overrides}.get(op)
+    asked, invariant = {**_environment(), **_overrides}.get(op), is_invariant()
     if asked is not None:
         obstacle = _ops[op][asked].obstacle(device, dtype, shape)
+        if invariant and not _ops[op][asked].invariant:
+            obstacle = NOT_INVARIANT
         if obstacle is not None:
             raise ValueError(f"{op}={asked} was asked for but {obstacle}")
         return asked, "asked for"
     passed: list[str] = []
     for name, implementation in _ops[op].items():
-        if implementation.default:
+        if implementation.invariant if invariant else implementation.default:
             obstacle = implementation.obstacle(device, dtype, shape)
             if obstacle is None:
-                return name, "; ".join(["default", *passed])
+                return name, "; ".join(["batch-invariant" if invariant else "default", *passed])
             passed.append(f"{name}: {obstacle}")
-    raise ValueError(f"no implementation of {op} can take this call: {'; '.join(passed)}")
+    raise ValueError(f"no {'batch-invariant ' if invariant else ''}implementation of {op} can take this call: {'; '.join(passed)}")
+
+
+def is_invariant() -> bool:
+    """Whether this thread is inside `batch_invariant`: launchers that choose a path by the number of rows take one for all then."""
+    return getattr(_of_thread, "invariant", False)
+
+
+@contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Inside, in this thread, a row's result has the same bits whatever other rows its call has. Slower where there are few rows.
+
+    An op that has no implementation which can do so for a dtype and device raises ValueError.
+    """
+    before, _of_thread.invariant = is_invariant(), True
+    try:
+        yield
+    finally:
+        _of_thread.invariant = before
 
 
 def explain(device: str, dtypes: Sequence[torch.dtype]) -> list[Choice]:

@@ -190,10 +190,10 @@ _DTYPES = {"seeds": _WORDS, "steps": _WORDS, "top_k": (torch.int32, torch.int64)
 registry.register(
     "sampling",
     {
-        "cpu": Implementation(("cpu",), (torch.float32,), modules=("llava_fast._cpu",)),
+        "cpu": Implementation(("cpu",), (torch.float32,), modules=("llava_fast._cpu",), invariant=True),
         "reference": Implementation(),
         # Never run on hardware: by name only until it is measured.
-        "triton": Implementation(DEVICES, (torch.float32,), modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, (torch.float32,), modules=("triton",), default=False, invariant=True),
     },
 )
 

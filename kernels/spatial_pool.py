@@ -277,10 +277,12 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 registry.register(
     "spatial_pool",
     {
-        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",)),
+        "cpu": Implementation(("cpu",), _DTYPES, modules=("llava_fast._cpu",), invariant=True),
         "reference": Implementation(),
         # Compiled, and never run on hardware: by name only until they are measured.
-        "triton": Implementation(DEVICES, (torch.float32, torch.bfloat16, torch.float16), modules=("triton",), default=False),
+        "triton": Implementation(
+            DEVICES, (torch.float32, torch.bfloat16, torch.float16), modules=("triton",), default=False, invariant=True
+        ),
         "cuda": Implementation(("cuda",), _DTYPES, modules=("llava_fast._cuda",), default=False),
     },
 )

@@ -235,7 +235,7 @@ def _forward_cpu(
     out, lse = q.new_empty(T, H, d), q.new_empty(T, H, dtype=torch.float32)
     rows = [_rows(_cpu, x) for x in (q, k, v, out)]
     S, threads = cu_seqlens_q.shape[0] - 1, torch.get_num_threads()
-    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), address(q_index), threads)
+    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), address(q_index), threads, registry.is_invariant())
     _cpu.attention_forward(task, cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), address(seqused_k), address(prefix))
     return out, lse
 
@@ -260,7 +260,7 @@ def _backward_cpu(
     grads = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     rows = [_rows(_cpu, x) for x in (q, k, v, out)]
     S, threads = cu_seqlens_q.shape[0] - 1, torch.get_num_threads()
-    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), address(q_index), threads)
+    task = _cpu.AttentionTask(T, K, S, H, G, d, causal, scale, *rows, lse.data_ptr(), address(q_index), threads, False)
     indices = (cu_seqlens_q.data_ptr(), cu_seqlens_k.data_ptr(), address(seqused_k), address(prefix))
     _cpu.attention_backward(task, *[_rows(_cpu, x) for x in (grad_out, *grads)], *indices)
     return grads
@@ -346,10 +346,10 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 registry.register(
     "varlen_attention",
     {
-        "cpu": Implementation(("cpu",), _DTYPES, lambda case: case[0] <= 256, ("llava_fast._cpu",)),
+        "cpu": Implementation(("cpu",), _DTYPES, lambda case: case[0] <= 256, ("llava_fast._cpu",), invariant=True),
         "reference": Implementation(),
         # Compiled, and never run on hardware: by name only until it is measured.
-        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False),
+        "triton": Implementation(DEVICES, _DTYPES, modules=("triton",), default=False, invariant=True),
         **{
             name: Implementation(("cuda",), _others.HALVES, _others.SERVES[name], (module,), default=False)
             for name, module in _others.MODULES.items()

@@ -150,14 +150,16 @@ def answers_to_file(
         raise typer.Exit(130) from None
     except OSError as error:  # a full disk, say
         raise ValueError(f"{out} could not be written: {error.strerror}; the same command goes on from what it holds") from None
-    stats = engine.stats()
+    stats = engine.stats(limits=True)
     first, between = stats.time_to_first_token, stats.inter_token
     found = f" ({tally.found} of them before)" if tally.found else ""
     notes.print(
         f"{out} answers {tally.requests} requests{found}, {tally.errors} of them with an error\n"
         f"{stats.tokens_per_s:,.1f} tokens/s; to the first token, waiting included: p50 {first['p50']:.2f} s, p95 {first['p95']:.2f} s; "
         f"between tokens: p50 {between['p50'] * 1e3:.1f} ms, p95 {between['p95'] * 1e3:.1f} ms, p99 {between['p99'] * 1e3:.1f} ms\n"
-        f"reused: {stats.prefix_reused:.0%} of prompt rows, {stats.pictures_reused:.0%} of pictures",
+        f"reused: {stats.prefix_reused:.0%} of prompt rows, {stats.pictures_reused:.0%} of pictures"
+        + ("" if stats.decode_of_limit is None else f"; of this machine's limits: decode {stats.decode_of_limit:.0%} of reading, ")
+        + ("" if stats.prefill_of_limit is None else f"prefill {stats.prefill_of_limit:.0%} of torch's fp32 products"),
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -1,36 +1,24 @@
-"""The engine: any schedule gives every request the tokens that it gets alone, nothing is leaked, and a fault hits one request.
-
-fp64, so that the order of sums cannot flip a choice.
-"""
+"""The engine with its threads, the faults of requests and of the engine itself, and its parts."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 import time
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engine_cases import GREEDY, Ask, answers, assert_clean, drive, new_core, new_job, solo, views_of
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import llava_fast as lf
-from llava_fast.batch import splice
 from llava_fast.engine.blocks import BlockPool, Content
-from llava_fast.engine.core import Core
 from llava_fast.engine.features import FeatureCache
-from llava_fast.engine.handle import Delta, Handle
-from llava_fast.engine.job import Job
-from llava_fast.engine.sequence import Prompt
-from llava_fast.engine.speculate import guess
-from llava_fast.inputs.layouts import view_layout
-
-WORKLOAD = Path(__file__).parent.parent / "bench" / "workloads" / "m4_mix.jsonl"
-GREEDY = lf.SamplingParams(max_new_tokens=8)
+from llava_fast.engine.handle import Delta
+from llava_fast.engine.stats import cpu_limits
 
 
 @pytest.fixture(scope="module")
@@ -38,178 +26,6 @@ def model(checkpoints) -> lf.LlavaFast:
     loaded = lf.load(checkpoints["qwen_untied"], dtype=torch.float64)
     loaded.generation_config.eos_token_id = [5]
     return loaded
-
-
-def views_of(seed: int, count: int = 1, size: int = 42) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 255, (count, 3, size, size), dtype=np.uint8))
-
-
-def prompt_of(model: lf.LlavaFast, parts: list[Any]) -> Prompt:
-    """parts: token ids, and for pictures their views, in order."""
-    mark, ids, visuals, views = model.config.image_token_id, [], [], []
-    for part in parts:
-        ids += [mark] * len(part) if isinstance(part, torch.Tensor) else part
-        if isinstance(part, torch.Tensor):
-            visuals += [view_layout(model.config.vision.grid)] * len(part)
-            views.append(part)
-    return Prompt.of(splice(ids, visuals, mark), torch.cat(views) if views else None, ids)
-
-
-@dataclass
-class Ask:
-    parts: list[Any]
-    params: lf.SamplingParams
-    priority: int = 0
-
-
-def new_core(model: lf.LlavaFast, **options: Any) -> Core:
-    defaults = dict(
-        kv_cache_bytes=1 << 24,
-        kv_dtype=None,
-        page=16,
-        max_running=8,
-        max_rows=512,
-        max_views=8,
-        prefix_cache=True,
-        feature_cache_bytes=1 << 20,
-        overlap=False,
-        graphs=False,
-        speculate=0,
-    )
-    return Core(model, **{**defaults, **options})
-
-
-def new_job(model: lf.LlavaFast, ask: Ask, number: int) -> Job:
-    handle = Handle(number)
-    return Job(
-        number,
-        None,
-        ask.params,
-        lf.InputOptions(),
-        model.eos_ids,
-        handle,
-        time.perf_counter(),
-        ask.priority,
-        prompt=prompt_of(model, ask.parts),
-    )
-
-
-def drive(core: Core, jobs: list[Job], arrivals: list[int], cancels: dict[int, int] | None = None) -> int:
-    """Begin job i before turn arrivals[i], cancel it before turn cancels[i]; returns the turns until all are over."""
-    cancels, turn = cancels or {}, 0
-    with torch.inference_mode():
-        while not all(job.over for job in jobs):
-            for i, job in enumerate(jobs):
-                if arrivals[i] == turn:
-                    core.begin(job)
-                if cancels.get(i) == turn and not job.over:
-                    core.stop(job, "cancelled")
-            core.turn()
-            held = {block for sequence in core.scheduler.running for block in sequence.blocks}
-            assert len(held) == core.pool.held <= core.pool.count
-            assert core.features.bytes <= core.features.max_bytes
-            turn += 1
-            assert turn < 100_000, "no end"
-        while not core.idle:  # what a step that overlaps still brings
-            core.turn()
-    return turn
-
-
-def answers(jobs: list[Job]) -> list[list[list[int]]]:
-    return [[completion.token_ids for completion in job.handle.result(0)] for job in jobs]
-
-
-def solo(model: lf.LlavaFast, ask: Ask) -> list[list[int]]:
-    core, job = new_core(model, feature_cache_bytes=0, prefix_cache=False), new_job(model, ask, 0)
-    drive(core, [job], [0])
-    return answers([job])[0]
-
-
-def assert_clean(core: Core) -> None:
-    assert core.pool.held == 0 and core.pool.available == core.pool.count
-    assert not core.scheduler.running and not core.scheduler.waiting and core.under_way is None
-    assert sorted(core.scheduler._slots) == list(range(core.scheduler.max_running))
-
-
-@pytest.fixture(scope="module")
-def asks(model) -> list[Ask]:
-    """Requests that share beginnings and pictures, greedy, sampled and penalised, with stops and minima, short and long."""
-    rng = np.random.default_rng(0)
-    system = rng.integers(10, 300, 20).tolist()
-    made = []
-    for i in range(20):
-        parts: list[Any] = [system] if i % 2 else []
-        for _ in range(int(rng.integers(0, 4))):
-            parts += [views_of(int(rng.integers(0, 6)), int(rng.integers(1, 4))), rng.integers(10, 300, rng.integers(1, 20)).tolist()]
-        parts += [rng.integers(10, 300, rng.integers(1, 60)).tolist()]
-        if i % 5 == 0:
-            parts += [views_of(7)]  # a prompt that ends with a picture
-        params = lf.SamplingParams(
-            max_new_tokens=int(rng.integers(1, 40)),
-            temperature=[0.0, 1.0, 0.0, 1.3][i % 4],
-            top_k=[0, 30][i % 2],
-            top_p=[1.0, 0.9, 1.0][i % 3],
-            min_new_tokens=0,
-            repetition_penalty=[1.0, 1.0, 1.2][i % 3],
-            seed=i,
-            n=3 if i % 7 == 3 else 1,
-            logprobs=i % 3 == 0,
-        )
-        made.append(Ask(parts, params))
-    return made
-
-
-@pytest.fixture(scope="module")
-def alone(model, asks) -> list[list[list[int]]]:
-    return [solo(model, ask) for ask in asks]
-
-
-def test_alone_is_what_the_whole_model_says(model, asks, alone) -> None:
-    """Greedy answers against the model without any cache, every token from all rows before it."""
-    for ask, (first, *_) in zip(asks, alone, strict=True):
-        if ask.params.temperature or ask.params.repetition_penalty != 1:
-            continue
-        for known in range(0, len(first), 5):
-            prompt = prompt_of(model, [*ask.parts, first[:known]])
-            core, job = new_core(model), new_job(model, Ask([], GREEDY), 0)
-            job.prompt = prompt
-            drive(core, [job], [0])
-            assert job.sequences[0].tokens[0] == first[known]
-
-
-@pytest.mark.parametrize("seed", range(120))
-def test_any_schedule_gives_the_same_tokens(seed, model, asks, alone) -> None:
-    rng = np.random.default_rng(seed)
-    page = int(rng.choice([16, 64]))
-    block = new_core(model, page=page).block_bytes
-    chosen = rng.permutation(len(asks))[: rng.integers(2, 14)].tolist()
-    most = max(len(prompt_of(model, asks[i].parts)) + asks[i].params.max_new_tokens for i in chosen)
-    core = new_core(
-        model,
-        page=page,
-        kv_cache_bytes=block * (-(-most // page) + int(rng.integers(0, 12))),  # little: preemption, eviction
-        max_running=int(rng.choice([1, 2, 5, 8])),
-        max_rows=int(rng.choice([8, 17, 64, 512])),
-        max_views=int(rng.choice([1, 3, 8])),
-        prefix_cache=bool(rng.random() < 0.7),
-        feature_cache_bytes=int(rng.choice([0, 20_000, 1 << 20])),
-        overlap=bool(rng.random() < 0.5),
-        speculate=int(rng.choice([0, 0, 3])),
-    )
-    jobs = [new_job(model, replace(asks[i], priority=int(rng.integers(0, 3))), number) for number, i in enumerate(chosen)]
-    drive(core, jobs, rng.integers(0, 30, len(jobs)).tolist())
-    assert answers(jobs) == [alone[i] for i in chosen]
-    assert_clean(core)
-
-
-@pytest.mark.parametrize("rows, page, cached", [(r, p, c) for r in (1, 7, 64, 2048) for p in (16, 64) for c in (True, False)])
-def test_chunks_of_any_size(rows, page, cached, model, asks, alone) -> None:
-    """Also inside pictures, whose views come one at a time."""
-    core = new_core(model, max_rows=rows, max_running=min(rows, 4), page=page, prefix_cache=cached, max_views=1)
-    jobs = [new_job(model, ask, number) for number, ask in enumerate(asks[:6])]
-    drive(core, jobs, [0] * 6)
-    assert answers(jobs) == alone[:6]
-    assert_clean(core)
 
 
 @pytest.fixture(scope="module", params=["qwen", "qwen_untied", "llama"])
@@ -251,110 +67,6 @@ def test_narrower_caches(dtype, tolerance, checkpoints) -> None:
         assert engine.stats().kv_bytes == engine.stats().blocks * 64 * 2 * 3 * 64 * dtype.itemsize
     assert answer.finish_reason in ("stop", "length") and answer.logprobs is not None
     assert abs(answer.logprobs[0] - exact.logprobs[0]) < tolerance
-
-
-def test_a_second_question_computes_its_new_tokens_alone(model) -> None:
-    core, pictures = new_core(model), views_of(3, 4)
-    beginning = [[11, 12, 13], pictures, [20] * 30]
-    first, second = (new_job(model, Ask([*beginning, question], GREEDY), i) for i, question in enumerate(([30, 31], [40, 41, 42])))
-    drive(core, [first], [0])
-    views, rows = core.counters.views, core.counters.prompt_rows
-    drive(core, [second], [0])
-    shared = 3 + 4 * model.config.patches + 30
-    assert core.counters.views == views == 4
-    assert core.counters.prompt_rows - rows <= len(second.prompt) - shared // core.page * core.page
-    assert answers([second])[0] == solo(model, Ask([*beginning, [40, 41, 42]], GREEDY))
-
-
-def test_samples_share_the_blocks_of_their_prompt(model) -> None:
-    for cached in (True, False):
-        core = new_core(model, prefix_cache=cached)
-        job = new_job(model, Ask([[9] * 100], lf.SamplingParams(max_new_tokens=4, temperature=1.0, seed=1, n=4)), 0)
-        drive(core, [job], [0])
-        assert core.counters.prompt_rows == 100 + 3
-
-
-def test_different_pictures_behind_the_same_ids_share_nothing(model) -> None:
-    core = new_core(model)
-    jobs = [new_job(model, Ask([[9] * 16, views_of(seed, 3), [10] * 20], GREEDY), seed) for seed in (0, 1)]
-    drive(core, [jobs[0]], [0])
-    drive(core, [jobs[1]], [0])
-    assert core.scheduler.reused_rows == 16  # the text before the pictures
-    keys = [[job.sequences[0].key(block, 16) for block in range(3)] for job in jobs]
-    assert keys[0][0] == keys[1][0] and not set(keys[0][1:]) & set(keys[1][1:])
-    assert answers(jobs) == [solo(model, Ask([[9] * 16, views_of(seed, 3), [10] * 20], GREEDY)) for seed in (0, 1)]
-    same = prompt_of(model, [views_of(0)]).pictures[0].key
-    assert same == prompt_of(model, [[1], views_of(0)]).pictures[0].key
-    assert same != prompt_of(model, [views_of(0).flip(3)]).pictures[0].key
-
-
-def test_the_workload(model) -> None:
-    """500 requests shaped like M4-Instruct: random arrivals and cancellations, a cache too small for them, little memory for pictures."""
-    rng = np.random.default_rng(5)
-    records = [json.loads(line) for line in WORKLOAD.read_text().splitlines()][:500]
-    P = model.config.patches
-    asks = []
-    for record in records:
-        prompt, answer = record["turns"][0]
-        pictures = views_of(int(rng.integers(0, 40)), min(record["views"], 16))
-        asks.append(Ask([pictures, rng.integers(10, 300, prompt).tolist()], lf.SamplingParams(max_new_tokens=1 + answer % 24, seed=1)))
-    block = new_core(model).block_bytes
-    core = new_core(
-        model, kv_cache_bytes=20 * block, feature_cache_bytes=40 * P * model.config.decoder.width * 8, max_running=16, max_rows=128
-    )
-    jobs = [new_job(model, ask, number) for number, ask in enumerate(asks)]
-    arrivals = np.sort(rng.integers(0, 1500, 500)).tolist()
-    cancels = {i: arrivals[i] + int(rng.integers(0, 40)) for i in rng.permutation(500)[:60].tolist()}
-    drive(core, jobs, arrivals, cancels)
-    assert_clean(core)
-    assert core.scheduler.preemptions > 0 and core.scheduler.reused_rows > 0 and core.counters.pictures_reused > 0
-    cancelled = [job for job in jobs if job.handle.result(0)[0].finish_reason == "cancelled"]
-    assert 10 < len(cancelled) == core.counters.cancelled
-    for i in range(500):
-        completion = jobs[i].handle.result(0)[0]
-        expected = solo(model, asks[i])[0]
-        assert completion.token_ids == expected[: len(completion.token_ids)]
-        assert completion.finish_reason == "cancelled" or len(completion.token_ids) == len(expected)
-
-
-def test_preemption_and_order(model) -> None:
-    """Two long answers that do not fit together: the later one gives way, and nobody overtakes it."""
-    block = new_core(model).block_bytes
-    core = new_core(model, kv_cache_bytes=6 * block)
-    model.generation_config.eos_token_id = []
-    long = lf.SamplingParams(max_new_tokens=60)
-    asks = [Ask([[9] * 30], long), Ask([[10] * 30], long), Ask([[11] * 3], GREEDY)]
-    jobs = [new_job(model, ask, number) for number, ask in enumerate(asks)]
-    model.generation_config.eos_token_id = [5]
-    drive(core, jobs, [0, 0, 3])
-    assert core.scheduler.preemptions > 0
-    totals = [job.timings["total"] + job.submitted for job in jobs]
-    assert totals[0] < totals[1]
-    assert [len(tokens) for tokens in (answers(jobs)[0][0], answers(jobs)[1][0])] == [60, 60]
-    with pytest.raises(ValueError, match="30 tokens and up to 80 new ones do not fit into the cache's 96 rows: .* at least"):
-        refused = new_job(model, Ask([[9] * 30], lf.SamplingParams(max_new_tokens=80)), 3)
-        core.begin(refused)
-        raise refused.handle.error
-
-
-def test_higher_priorities_come_first(model) -> None:
-    core = new_core(model, max_running=1)
-    jobs = [new_job(model, Ask([[9 + i]], GREEDY, priority), i) for i, priority in enumerate((0, 5, 1))]
-    drive(core, jobs, [0, 0, 0])
-    ends = [job.submitted + job.timings["total"] for job in jobs]
-    assert ends[1] < ends[2] < ends[0]
-
-
-def test_guesses_are_checked(model) -> None:
-    """A model that repeats itself: guesses are right, and take fewer steps for the same tokens."""
-    assert guess([1, 2, 3, 4, 1, 2], [], 3) == [3, 4, 1] and guess([1, 2, 3], [4], 3) == [] and guess([1, 2, 1, 2], [], 0) == []
-    ask = Ask([[20, 21, 22] * 8], lf.SamplingParams(max_new_tokens=60))
-    expected = solo(model, ask)
-    core, job = new_core(model, speculate=4), new_job(model, ask, 0)
-    turns = drive(core, [job], [0])
-    assert answers([job])[0] == expected
-    assert core.counters.drafted >= core.counters.accepted > 0 and turns <= len(expected[0])
-    assert len(expected[0]) - turns == core.counters.accepted
 
 
 # -- faults
@@ -446,6 +158,10 @@ def test_submit_iterate_await(model) -> None:
         stats = engine.stats()
         assert stats.finished == 6 and stats.running == stats.waiting == 0 and stats.prefix_reused > 0.4 and stats.blocks_held == 0
         assert stats.time_to_first_token["p50"] <= stats.time_to_first_token["p99"] and stats.tokens_per_s > 0
+        assert stats.decode_of_limit is None
+        measured = engine.stats(limits=True)
+        assert 0 < measured.decode_of_limit < 2 and 0 < measured.prefill_of_limit < 2
+        assert measured.decode_gbs / measured.decode_of_limit == pytest.approx(cpu_limits(torch.get_num_threads())[0])
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.submit("What?")
 

@@ -19,7 +19,7 @@ from llava_fast.kernels.paged_attention import paged_attention
 
 def step_of(model: lf.LlavaFast, count: int) -> DecodeStep:
     """Over a cache of 4 blocks of 16 rows with something in it."""
-    runner = Runner(model, 4, 16, torch.float32, 4, model.config.decoder.max_positions, graphs=False)
+    runner = Runner(model, 4, 16, torch.float32, 4)
     for buffer in (runner.k, runner.v):
         buffer.normal_(generator=torch.Generator().manual_seed(0))
     return runner.new_step(count)

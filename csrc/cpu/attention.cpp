@@ -85,19 +85,19 @@ int useful_threads(double work, int threads) {
 
 void attention_forward(AttentionTask task, const AttentionIndex& index) {
     const std::vector<Sequence> sequences = make_sequences(task, index);
-    const int64_t R = task.H / task.G;
+    const int64_t R = task.H / task.G, few_lanes = task.invariant ? 0 : kFewLanes;
     std::vector<Piece> pieces;
     std::vector<int64_t> few, few_partial{0};
     double work = 0;
     int64_t lanes = 0;
-    for (const Sequence& seq : sequences) lanes += seq.n_q * R > kFewLanes ? seq.n_q * R * task.G : 0;
+    for (const Sequence& seq : sequences) lanes += seq.n_q * R > few_lanes ? seq.n_q * R * task.G : 0;
     // A quarter of a thread's share at most, so that threads end together.
     const int64_t most = std::clamp<int64_t>(lanes / (4 * std::max(task.threads, 1)) / 48 * 48, 48, kMaxLanes);
     for (int64_t s = 0; s < task.S; ++s) {
         const Sequence& seq = sequences[s];
         const int64_t n = seq.n_q * R;
         if (n == 0) continue;
-        if (n <= kFewLanes) {
+        if (n <= few_lanes) {
             few.push_back(s);
             int64_t place = few_partial.back();
             for (int64_t j = 0; j < keys_of(seq); j += kChunk) {

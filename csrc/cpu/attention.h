@@ -53,6 +53,7 @@ struct AttentionTask {
     int64_t block;                   // rows of a block of the cache
     const float *k_scale, *v_scale;  // [G] or null
     int threads;
+    bool invariant;  // few lanes are treated as many are: a row's sums keep their order
     // filled in by attention.cpp
     const Sequence* sequences;
     const Piece* pieces;

@@ -21,7 +21,8 @@ void bind_attention(py::module_& m) {
     }));
     py::class_<AttentionTask>(m, "AttentionTask", py::module_local())
         .def(py::init([](int64_t T, int64_t K, int64_t S, int64_t H, int64_t G, int64_t d, bool causal, float scale, const Rows& q,
-                         const Rows& k, const Rows& v, const Rows& out, std::uintptr_t lse, std::uintptr_t q_index, int threads) {
+                         const Rows& k, const Rows& v, const Rows& out, std::uintptr_t lse, std::uintptr_t q_index, int threads,
+                         bool invariant) {
             AttentionTask task{};
             task.T = T;
             task.K = K;
@@ -38,6 +39,7 @@ void bind_attention(py::module_& m) {
             task.lse = pointer<float>(lse);
             task.q_index = pointer<const int64_t>(q_index);
             task.threads = threads;
+            task.invariant = invariant;
             return task;
         }));
     m.def(

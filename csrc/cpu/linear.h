@@ -2,6 +2,7 @@
 //
 // Letters: M rows of x, I inputs, O outputs. Accumulation is fp32. Results do not depend on threads. A row's depends on the
 // instruction set and on whether there are few rows or many, which take other paths: each path's sums have an order of their own.
+// With `invariant`, few rows take the path of many.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +32,7 @@ struct LinearTask {
     const int64_t* rows;
     void* pre;  // null, or contiguous [M, O]: the values before act
     int threads;
+    bool invariant;
 };
 
 void linear_portable(const LinearTask& task);

@@ -319,7 +319,7 @@ static void run_as(const LinearTask& task) {
 
 void linear_amx(const LinearTask& task) {
     // Few rows read W at memory's speed without tiles; at 9 to 16, W in bf16 does so only with them (2026-11: 10.0 against 7.0 GB/s).
-    if (task.M <= (task.weight_type == WeightType::bf16 ? 8 : 16)) return linear_avx512(task);
+    if (!task.invariant && task.M <= (task.weight_type == WeightType::bf16 ? 8 : 16)) return linear_avx512(task);
     switch (task.dtype) {
         case DType::f32:
             return ISA::run_as<float>(task);

@@ -24,7 +24,7 @@ void bind_linear(py::module_& m) {
         [](DType dtype, WeightType weight_type, Act act, int64_t M, int64_t I, int64_t O, std::uintptr_t x, int64_t x_stride,
            std::uintptr_t weight, std::uintptr_t scale, int64_t group, std::uintptr_t bias, DType bias_type, std::uintptr_t residual,
            int64_t residual_stride, std::uintptr_t out, int64_t out_stride, int64_t out_rows, std::uintptr_t rows, std::uintptr_t pre,
-           int threads) {
+           int threads, bool invariant) {
             LinearTask task{};
             task.dtype = dtype;
             task.weight_type = weight_type;
@@ -44,6 +44,7 @@ void bind_linear(py::module_& m) {
             task.rows = reinterpret_cast<const int64_t*>(rows);
             task.pre = reinterpret_cast<void*>(pre);
             task.threads = threads;
+            task.invariant = invariant;
             linear(task, reinterpret_cast<const void*>(bias), bias_type, out_rows);
         },
         py::call_guard<py::gil_scoped_release>());

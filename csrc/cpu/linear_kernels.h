@@ -15,7 +15,7 @@ namespace ISA {
 
 template <typename T, typename W>
 static void run(const LinearTask& task) {
-    if (task.M <= kFewRows) {
+    if (task.M <= kFewRows && !task.invariant) {
         few_rows<T, W>(task);
     } else {
         many_rows<T, W>(task);

@@ -11,6 +11,7 @@ import logging
 import secrets
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,26 +41,31 @@ def _without_frames(error: Exception) -> Exception:
     return error
 
 
-class Core:
-    """Options as in `Engine`. Not for several threads."""
+@dataclass(frozen=True)
+class Options:
+    """As in `Engine`, which fills in what depends on the device."""
 
-    def __init__(
-        self,
-        model: Any,
-        kv_cache_bytes: int | None,
-        kv_dtype: torch.dtype | None,
-        page: int,
-        max_running: int,
-        max_rows: int,
-        max_views: int,
-        prefix_cache: bool,
-        feature_cache_bytes: int,
-        overlap: bool,
-        graphs: bool,
-        speculate: int,
-    ):
-        c, device = model.config.decoder, model.device
-        kv_dtype = model.compute_dtype if kv_dtype is None else kv_dtype
+    kv_cache_bytes: int | None = None
+    kv_dtype: torch.dtype | None = None
+    page: int = 64
+    max_running: int = 64
+    max_rows: int = 2048
+    max_views: int = 8
+    prefix_cache: bool = True
+    feature_cache_bytes: int = 256 << 20
+    overlap: bool = False
+    graphs: bool = False
+    speculate: int = 0
+    deterministic: bool = False
+
+
+class Core:
+    """Not for several threads."""
+
+    def __init__(self, model: Any, options: Options):
+        c, device, page, kv_cache_bytes = model.config.decoder, model.device, options.page, options.kv_cache_bytes
+        kv_dtype = model.compute_dtype if options.kv_dtype is None else options.kv_dtype
+        max_running = min(options.max_running, options.max_rows)
         dtypes = dict.fromkeys((torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, model.compute_dtype))
         if kv_dtype not in dtypes:
             raise ValueError(f"kv_dtype must be one of {', '.join(map(str, dtypes))}, got {kv_dtype}")
@@ -70,13 +76,14 @@ class Core:
         blocks = min(kv_cache_bytes // self.block_bytes, largest)
         if blocks < 1:
             raise ValueError(f"kv_cache_bytes={kv_cache_bytes} holds no block: {page} rows take {self.block_bytes} bytes")
-        self.model, self.page, self.prefix_cache, self.speculate = model, page, prefix_cache, speculate
-        self.overlap = overlap and not speculate  # guesses are made from tokens that the host knows
-        self.features = FeatureCache(feature_cache_bytes)
+        self.model, self.page, self.prefix_cache, self.speculate = model, page, options.prefix_cache, options.speculate
+        self.overlap = options.overlap and not options.speculate  # guesses are made from tokens that the host knows
+        self.features = FeatureCache(options.feature_cache_bytes)
         self.pool = BlockPool(blocks)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.runner = Runner(model, blocks, page, kv_dtype, max_running, c.max_positions, graphs)
-        self.scheduler = Scheduler(self.pool, self.features, page, max_rows, max_views, max_running, self.runner.copy_rows)
+            self.runner = Runner(model, blocks, page, kv_dtype, max_running, options.graphs, options.deterministic)
+        budgets = options.max_rows, options.max_views, max_running
+        self.scheduler = Scheduler(self.pool, self.features, page, *budgets, self.runner.copy_rows)
         self.counters = Counters()
         self.under_way: Result | None = None
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from llava_fast.engine.core import Core
+from llava_fast.engine.core import Core, Options
 from llava_fast.engine.handle import Delta, Handle
 from llava_fast.engine.job import Job
 from llava_fast.engine.sequence import Prompt
-from llava_fast.engine.stats import Stats, read
+from llava_fast.engine.stats import Stats, cpu_limits, read
 from llava_fast.inputs.prepare import prepare
 from llava_fast.kernels._native import release_threads
 from llava_fast.requests import InputOptions, Request, SamplingParams
@@ -40,7 +40,8 @@ class Engine:
     pictures, kept for requests that show them again.  readers: threads that open and resize pictures (half the cores where None).
     overlap: plan a step while the one before runs (None: on a GPU).  graphs: capture decode steps (on a GPU).
     speculate: tokens to guess a step, those that followed the latest ones before; for greedy requests without penalties, whose answers
-    stay equal.
+    stay equal.  deterministic: a request's tokens and log-probabilities are the same, bit for bit, whatever runs beside it, however its
+    prompt is cut and whatever of it is found in a cache; few rows take the kernels of many then, which makes decoding slower.
 
     Raises ValueError for options that do not fit, and for a cache that holds less than one block.
     """
@@ -61,6 +62,7 @@ class Engine:
         overlap: bool | None = None,
         graphs: bool = True,
         speculate: int = 0,
+        deterministic: bool = False,
     ):
         on_gpu = model.device.type == "cuda"
         max_rows = max_rows if max_rows is not None else (8192 if on_gpu else 2048)
@@ -76,17 +78,20 @@ class Engine:
         self.model, self.max_running = model, max_running
         self._core = Core(
             model,
-            kv_cache_bytes=kv_cache_bytes,
-            kv_dtype=kv_dtype,
-            page=page,
-            max_running=min(max_running, max_rows),
-            max_rows=max_rows,
-            max_views=max_views,
-            prefix_cache=prefix_cache,
-            feature_cache_bytes=feature_cache_bytes,
-            overlap=on_gpu if overlap is None else overlap,
-            graphs=graphs,
-            speculate=speculate,
+            Options(
+                kv_cache_bytes=kv_cache_bytes,
+                kv_dtype=kv_dtype,
+                page=page,
+                max_running=max_running,
+                max_rows=max_rows,
+                max_views=max_views,
+                prefix_cache=prefix_cache,
+                feature_cache_bytes=feature_cache_bytes,
+                overlap=on_gpu if overlap is None else overlap,
+                graphs=graphs,
+                speculate=speculate,
+                deterministic=deterministic,
+            ),
         )
         self._numbers = itertools.count()
         self._readers = ThreadPoolExecutor(readers, "llava_fast reader")
@@ -186,12 +191,16 @@ class Engine:
         """What stopped the engine itself; its requests all ended as errors then."""
         return self._fatal
 
-    def stats(self) -> Stats:
-        """Counts, latencies and rates since the engine was made."""
+    def stats(self, limits: bool = False) -> Stats:
+        """Counts, latencies and rates since the engine was made.
+
+        limits: also as shares of what the CPU can do, measured when first asked for (0.2 s, to be had right while nothing runs).
+        """
+        best = cpu_limits(torch.get_num_threads()) if limits and self.model.device.type == "cpu" else None
         with self._wake:
             running = {sequence.owner for sequence in list(self._core.scheduler.running)}
             waiting = sum(job not in running for job in self._jobs.values())
-        return read(self._core, waiting, self._worked)
+        return read(self._core, waiting, self._worked, best)
 
     # -- readers
 

@@ -6,9 +6,9 @@ Shape letters: T rows of a step, S sequences, R rows whose output is read, V voc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from llava_fast.engine.sampling import Sampler
 from llava_fast.engine.scheduler import Plan, Work
 from llava_fast.engine.sequence import Picture
 from llava_fast.kernels import registry
+from llava_fast.kernels.sampling import argmax
 from llava_fast.models.decoder import KVCache
 from llava_fast.models.llava import Llava
 
+SMALL_VIEWS = (1, 2, 4, 8)  # numbers of views that get a captured tower of their own
 RECORDED = 32  # numbers of decoding sequences whose steps are kept, on the CPU
 
 
@@ -38,6 +40,9 @@ def stage(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise StageError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -66,23 +71,37 @@ class Result:
 class Runner:
     """Owns the cache of keys and values, [layers, B + 1, page, G, d]; block B is what a captured step's rows of nobody look at."""
 
-    def __init__(self, model: Llava, blocks: int, page: int, dtype: torch.dtype, max_running: int, max_positions: int, graphs: bool):
+    def __init__(
+        self, model: Llava, blocks: int, page: int, dtype: torch.dtype, max_running: int, graphs: bool = False, deterministic: bool = False
+    ):
         c, device = model.config.decoder, model.device
         self.model, self.page, self.device, self.blocks = model, page, device, blocks
         shape = (c.layers, blocks + 1, page, c.kv_heads, c.head_dim)
         self.k, self.v = (memory.empty(shape, dtype, device) for _ in range(2))
-        self.width = -(-max_positions // page)  # of a block table
+        self.width = -(-c.max_positions // page)  # of a block table
         self.last_tokens = torch.zeros(max_running, dtype=torch.int64, device=device)
         self.sampler = Sampler(model.config.decoder.vocab_size, device)
         self.weights = [parameter.data for parameter in model.parameters()]  # a recorded step holds addresses
-        self.graphs = graphs and device.type == "cuda" and capturable(model, dtype)
+        self.deterministic = deterministic
+        with self.kernels():
+            if deterministic:  # what is missing is told now, not in a request's first step
+                for kind in {str(weight.dtype).removeprefix("torch.") for weight in self.weights}:
+                    registry.resolve_name("linear", device.type, model.compute_dtype, kind)
+            self.graphs = graphs and device.type == "cuda" and capturable(model, dtype)
         self._steps: dict[int, DecodeStep] = {}
+        self._towers: dict[int, TowerStep] = {}
         if self.graphs:  # the largest first: the others live in its memory
             pool = None
-            with torch.inference_mode():
+            with torch.inference_mode(), self.kernels():
                 for size in reversed(buckets(max_running)):
                     self._steps[size] = step = self.new_step(size)
                     pool = step.capture(pool)
+                for views in reversed(SMALL_VIEWS):
+                    self._towers[views] = tower = TowerStep(model, views)
+                    pool = tower.capture(pool)
+
+    def kernels(self) -> AbstractContextManager[None]:
+        return registry.batch_invariant() if self.deterministic else nullcontext()
 
     def new_step(self, size: int) -> DecodeStep:
         return DecodeStep(self.model, self.k, self.v, size, self.width)
@@ -92,6 +111,7 @@ class Runner:
         for step in self._steps.values():
             step.repeat = None
         self._steps.clear()
+        self._towers.clear()
         self.k = self.v = self.k.new_empty(0)
 
     # -- pictures
@@ -105,16 +125,23 @@ class Runner:
             assert picture.visual is not None and picture.views is not None
             samples.append(Sample(np.zeros(picture.tokens, dtype=np.int64), (picture.visual,), (0,)))
             views.append(picture.views)
-        with stage("the vision tower"):
+        with stage("the vision tower"), self.kernels():
             batch = pack(samples, torch.cat(views), needed="last").to(self.device)
             assert batch.views is not None and batch.layout is not None
-            rows = self.model.multi_modal_projector(self.model.features(batch.views), batch.layout, self.model.image_newline)
+            rows = self.model.multi_modal_projector(self._features(batch.views), batch.layout, self.model.image_newline)
         made = {}
         for picture, own in zip(missing, rows.split([picture.tokens for picture in missing]), strict=True):
             made[picture.key] = own.clone() if len(missing) > 1 else own  # storage of its own
             features.put(picture.key, made[picture.key])
         for picture in pictures:
             picture.rows = made.get(picture.key, picture.rows)
+
+    def _features(self, views: Tensor) -> Tensor:
+        if views.dtype == torch.uint8:
+            for count, tower in sorted(self._towers.items()):
+                if views.shape[0] <= count:
+                    return tower(views)
+        return self.model.features(views)
 
     # -- steps
 
@@ -126,13 +153,13 @@ class Runner:
     def run(self, plan: Plan) -> Result:
         """Launch a step. Its pictures have their rows."""
         works = plan.works
-        with stage("the decoder"):
-            logits, slots = self._decode(works) if all(work.repeats for work in works) else self._mixed(works)
+        with stage("the decoder"), self.kernels():
+            logits, slots, greedy = self._decode(works) if all(work.repeats for work in works) else (*self._mixed(works), None)
         if logits is None:
             return Result(works, [])
-        with stage("sampling"):
+        with stage("sampling"), self.kernels():
             sampled = [work for work in works if work.samples]
-            values = self.sampler(logits, sampled)
+            values = self.sampler(logits, sampled, greedy)
             result = self._to_host(works, values)
             if all(not work.draft for work in sampled):
                 self.last_tokens[slots] = values[0].long()
@@ -195,8 +222,11 @@ class Runner:
         hidden = self.model.language_model(x_TD, positions_T, bounds_S.int(), needed_R=narrow, cache=cache)
         return (self.model.logits(hidden) if len(needed_rows) else None), into
 
-    def _decode(self, works: list[Work]) -> tuple[Tensor | None, Tensor]:
-        """One row for each of the sequences: a step that is recorded (captured, on a GPU) once for their number, and repeated."""
+    def _decode(self, works: list[Work]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """One row for each of the sequences: a step that is recorded (captured, on a GPU) once for their number, and repeated.
+
+        Logits [S, V], the sequences' slots, and the likeliest tokens where the step finds them itself.
+        """
         count = len(works)
         size = next((size for size in sorted(self._steps) if size >= count), count) if self.graphs else count
         if size not in self._steps:
@@ -211,19 +241,56 @@ class Runner:
         ids_S, positions_S, table_SB, slots_S = self._upload([ids, position, table, slots])
         if (ids < 0).any():
             ids_S = torch.where(ids_S < 0, self.last_tokens[slots_S], ids_S)
-        return step(ids_S, positions_S, table_SB)[:count], slots_S
+        logits = step(ids_S, positions_S, table_SB)[:count]
+        return logits, slots_S, None if step.greedy is None else step.greedy[:count]
 
 
 def capturable(model: Llava, kv_dtype: torch.dtype) -> bool:
     """Whether a decode step runs without waiting for the device: the reference ops read lengths and slots on the host."""
-    d, dtype = model.config.decoder.head_dim, model.compute_dtype
-    attention = registry.resolve_name("paged_attention", "cuda", dtype, (d, str(kv_dtype).removeprefix("torch.")))
-    return "reference" not in (attention, registry.resolve_name("rope", "cuda", dtype))
+    c, dtype = model.config, model.compute_dtype
+    names = (
+        registry.resolve_name("paged_attention", "cuda", dtype, (c.decoder.head_dim, str(kv_dtype).removeprefix("torch."))),
+        registry.resolve_name("varlen_attention", "cuda", dtype, (c.vision.width // c.vision.heads, "full")),
+        registry.resolve_name("rope", "cuda", dtype),
+    )
+    return "reference" not in names
 
 
 def buckets(most: int) -> list[int]:
     """Numbers of sequences that get a captured step of their own: 1, 2, 4, then every eighth."""
     return sorted({size for size in (1, 2, 4, *range(8, most, 8), most) if size <= most})
+
+
+def capture(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
+    """What `run` does as a CUDA graph in `pool`, and the tensors that a replay writes."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # lazily made handles and buffers are made before
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        made = run()
+    return graph, made
+
+
+class TowerStep:
+    """The tower over up to `views` uint8 views, captured: at few of them it is launches that cost."""
+
+    def __init__(self, model: Llava, views: int):
+        size = model.config.vision.image_size
+        self.model = model
+        self.views = torch.zeros(views, 3, size, size, dtype=torch.uint8, device=model.device)
+
+    def capture(self, pool: Any) -> Any:
+        self.graph, self.features = capture(lambda: self.model.features(self.views), pool)
+        return self.graph.pool()
+
+    def __call__(self, views: Tensor) -> Tensor:
+        """Features [N, P, E], overwritten by the next call."""
+        self.views[: views.shape[0]] = views
+        self.graph.replay()
+        return self.features[: views.shape[0]]
 
 
 class DecodeStep:
@@ -244,21 +311,20 @@ class DecodeStep:
         self.cache = KVCache(k, v, table, slots, lengths)
         self.cu_seqlens = torch.arange(size + 1, dtype=torch.int32, device=device)
         self.repeat: Callable[[], Tensor] | None = None
+        self.greedy: Tensor | None = None  # [size], the likeliest tokens, where the step is captured
 
     def _run(self) -> Tensor:
         model = self.model
         return model.logits(model.language_model.run(self.x_SD, self.tables, self.cu_seqlens, cache=self.cache))
 
     def capture(self, pool: Any) -> Any:
-        """Record the step as a CUDA graph in `pool`; returns the pool."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # lazily made handles and buffers are made before
-            self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        """Record the step and the choice of greedy tokens as a CUDA graph in `pool`; returns the pool."""
+
+        def run() -> tuple[Tensor, Tensor]:
             logits = self._run()
+            return logits, argmax(logits)
+
+        graph, (logits, self.greedy) = capture(run, pool)
 
         def repeat() -> Tensor:
             graph.replay()

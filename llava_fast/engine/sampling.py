@@ -31,9 +31,10 @@ class Sampler:
         rows = torch.tensor(values, dtype=dtype)
         return rows if self.device.type == "cpu" else rows.pin_memory().to(self.device, non_blocking=True)
 
-    def __call__(self, logits_RV: Tensor, works: list[Work]) -> Tensor:
+    def __call__(self, logits_RV: Tensor, works: list[Work], greedy_R: Tensor | None = None) -> Tensor:
         """fp64 [2, R]: tokens, and their log-probabilities under the model where a sequence asks (else 0). Rows: 1 + its draft a work.
 
+        greedy_R: the likeliest token of each row, where it is known.
         A row's token depends on its logits, its sequence's settings and seed, and how many tokens came before.
         """
         sequences = [work.sequence for work in works for _ in range(1 + len(work.draft))]
@@ -47,7 +48,7 @@ class Sampler:
                 picked[r].index_fill_(0, self._rows(list(sequences[r].eos_ids), torch.int64), -torch.inf)
         params = [sequence.params for sequence in sequences]
         if all(p.temperature == 0 and p.repetition_penalty == 1 for p in params):
-            tokens = argmax(picked)
+            tokens = argmax(picked) if greedy_R is None or short else greedy_R
         else:
             drawn = [r for r, p in enumerate(params) if p.temperature > 0 or p.repetition_penalty != 1]
             rows = self._rows(drawn, torch.int64)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import torch
+
+from llava_fast import memory
 from llava_fast.kernels.linear import Quantised
 from llava_fast.models.llava import Llava
 
@@ -89,8 +95,9 @@ class Stats:
     engine was at work, views_per_s: views over that of the tower.  prefix_reused: of the prompts' rows, the share found in the cache.
     pictures_reused: of the pictures that were needed, the share not shown to the tower.  host_ms_per_step: planning, and making text of
     tokens.  decode_gbs: bytes of weights, keys and values that decode steps read over their time, prefill_gflops: operations of the
-    layers' products over the time of the other steps: to be held against the limits; both and views_per_s are 0 on a GPU,
-    whose work is not waited for.
+    layers' products over the time of the other steps; both and views_per_s are 0 on a GPU, whose work is not waited for.
+    decode_of_limit, prefill_of_limit: of what the machine can read, and of torch's fp32 products, where `stats(limits=True)` asked for it.
+    Products of bf16 weights on AMX pass the second.
     """
 
     waiting: int  # requests of which nothing runs
@@ -114,8 +121,26 @@ class Stats:
     host_ms_per_step: float
     decode_gbs: float
     prefill_gflops: float
+    decode_of_limit: float | None
+    prefill_of_limit: float | None
     drafted: int
     accepted: int
+
+
+@cache
+def cpu_limits(threads: int) -> tuple[float, float]:
+    """GB/s of reading memory, and GFLOP/s of torch's fp32 products, on this many threads: the best of five runs, 0.3 s."""
+    source = memory.empty((1 << 26,), torch.float32, torch.device("cpu")).fill_(1)
+    square = torch.ones(1024, 1024)
+
+    def best(run: Callable[[], object]) -> float:
+        times = [time.perf_counter()]
+        for _ in range(5):
+            run()
+            times.append(time.perf_counter())
+        return min(after - before for before, after in pairwise(times))
+
+    return source.nbytes / best(source.sum) / 1e9, 2 * 1024**3 / best(lambda: square @ square) / 1e9
 
 
 def latencies(values: Iterable[float]) -> dict[str, float]:
@@ -132,13 +157,15 @@ def weight_bytes(model: Llava) -> int:
     return read + sum(copy.weight.nbytes + copy.scale.nbytes for copy in copies)
 
 
-def read(core: Core, waiting: int, worked: float) -> Stats:
-    """worked: seconds that the engine was at work."""
+def read(core: Core, waiting: int, worked: float, limits: tuple[float, float] | None) -> Stats:
+    """worked: seconds that the engine was at work.  limits: GB/s and GFLOP/s."""
     c, scheduler, decoder = core.counters, core.scheduler, core.model.config.decoder
     attention = 2 * (decoder.heads + decoder.kv_heads) * decoder.head_dim * decoder.width
     per_row = 2 * decoder.layers * (attention + 3 * decoder.mlp_width * decoder.width)
     timed = core.model.device.type == "cpu"
     decode_bytes = weight_bytes(core.model) * c.decode_steps + c.decode_keys * core.block_bytes // core.page
+    decode_gbs = decode_bytes / c.decode_seconds / 1e9 if timed and c.decode_seconds else 0.0
+    prefill_gflops = per_row * c.prompt_rows / c.prefill_seconds / 1e9 if timed and c.prefill_seconds else 0.0
     return Stats(
         waiting=waiting,
         running=len(scheduler.running),
@@ -159,8 +186,10 @@ def read(core: Core, waiting: int, worked: float) -> Stats:
         kv_bytes=core.pool.count * core.block_bytes,
         feature_bytes=core.features.bytes,
         host_ms_per_step=c.host_seconds / max(c.steps, 1) * 1e3,
-        decode_gbs=decode_bytes / c.decode_seconds / 1e9 if timed and c.decode_seconds else 0.0,
-        prefill_gflops=per_row * c.prompt_rows / c.prefill_seconds / 1e9 if timed and c.prefill_seconds else 0.0,
+        decode_gbs=decode_gbs,
+        prefill_gflops=prefill_gflops,
+        decode_of_limit=None if limits is None or not timed else decode_gbs / limits[0],
+        prefill_of_limit=None if limits is None or not timed else prefill_gflops / limits[1],
         drafted=c.drafted,
         accepted=c.accepted,
     )

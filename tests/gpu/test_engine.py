@@ -13,12 +13,15 @@ import torch
 from bench.full_size import config_05b
 from bench.whole_model import random_model
 from llava_fast.config import from_hf
-from llava_fast.engine.core import Core
+from llava_fast.engine.core import Core, Options
 from llava_fast.engine.engine import Engine
+from llava_fast.engine.runner import SMALL_VIEWS, Runner
 from llava_fast.engine.sequence import Prompt
 from llava_fast.kernels import registry
 from llava_fast.models.llava import Llava
 from llava_fast.requests import SamplingParams
+
+OPS = ("activation", "linear", "norm", "paged_attention", "rope", "sampling", "varlen_attention")
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,7 @@ def model(machine: tuple[str, str]) -> Llava:
 
 @pytest.fixture(autouse=True)
 def implementations(machine: tuple[str, str]) -> Iterator[None]:
-    ops = ("activation", "linear", "norm", "paged_attention", "rope", "sampling")
-    with registry.use(**{op: machine[1] for op in ops if machine[1] in registry.implementations(op)}):
+    with registry.use(**dict.fromkeys(OPS, machine[1])):
         yield
 
 
@@ -58,22 +60,29 @@ def test_captured_steps_give_the_same_tokens(model: Llava) -> None:
         assert sum(a == b for a, b in zip(run, captured, strict=True)) >= 18
 
 
+def test_deterministic_steps_agree_to_the_bit(model: Llava, machine: tuple[str, str]) -> None:
+    """Whatever runs beside a request, however its prompt is cut, captured or not."""
+    with registry.use(**dict.fromkeys(OPS, "cpu" if machine[0] == "cpu" else machine[1])):
+        expected = answers(model, deterministic=True, graphs=False, prefix_cache=False)
+        for options in (dict(max_rows=64), dict(max_rows=64, graphs=False, overlap=False), dict(max_rows=2048, speculate=3)):
+            assert answers(model, deterministic=True, **options) == expected
+
+
+@torch.inference_mode()
+def test_captured_towers_see_what_the_tower_sees(model: Llava, machine: tuple[str, str]) -> None:
+    if machine[0] == "cpu":
+        pytest.skip("nothing is captured without a GPU")
+    runner = Runner(model, 4, 64, torch.float32, 2, graphs=True)
+    assert runner.graphs
+    for count in (1, 3, 8):
+        views = torch.randint(0, 256, (count, 3, 384, 384), dtype=torch.uint8, device=model.device)
+        step = runner._towers[next(n for n in SMALL_VIEWS if n >= count)]
+        torch.testing.assert_close(step(views), model.features(views), rtol=1e-4, atol=1e-4)
+
+
 @torch.inference_mode()
 def test_a_step_never_waits(model: Llava, machine: tuple[str, str]) -> None:
-    core = Core(
-        model,
-        kv_cache_bytes=1 << 27,
-        kv_dtype=None,
-        page=64,
-        max_running=8,
-        max_rows=512,
-        max_views=8,
-        prefix_cache=True,
-        feature_cache_bytes=0,
-        overlap=True,
-        graphs=True,
-        speculate=0,
-    )
+    core = Core(model, Options(kv_cache_bytes=1 << 27, max_running=8, max_rows=512, feature_cache_bytes=0, overlap=True, graphs=True))
     from llava_fast.engine.handle import Handle
     from llava_fast.engine.job import Job
     from llava_fast.requests import InputOptions
