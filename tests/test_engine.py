@@ -93,7 +93,7 @@ def test_a_fault_hits_its_request_alone(where, model, monkeypatch) -> None:
         monkeypatch.setattr(
             core.runner,
             "sampler",
-            lambda logits, works: _fail() if any(w.sequence.owner is jobs[2] for w in works) else sampler(logits, works),
+            lambda logits, works, greedy: _fail() if any(w.sequence.owner is jobs[2] for w in works) else sampler(logits, works, greedy),
         )
     else:
         monkeypatch.setattr(jobs[2], "append", lambda *_: _fail())

@@ -409,6 +409,6 @@ def test_out_shares_no_memory_with_what_is_read() -> None:
 def test_what_the_extension_refuses(bias_type: str, group: int, message: str) -> None:
     x, weight, scale, bias, out = torch.zeros(2, 32), torch.zeros(6, 32, dtype=torch.int8), torch.ones(6), torch.zeros(6), torch.zeros(2, 6)
     dtype = next(value for name, value in _cpu.DType.__members__.items() if bias_type in name)
-    addresses = (x.data_ptr(), 32, weight.data_ptr(), scale.data_ptr(), group, bias.data_ptr(), dtype, 0, 0, out.data_ptr(), 6, 2, 0, 0, 1)
+    operands = (x.data_ptr(), 32, weight.data_ptr(), scale.data_ptr(), group, bias.data_ptr(), dtype, 0, 0)
     with pytest.raises(ValueError, match=message):
-        _cpu.linear(_cpu.DType.float32, _cpu.WeightType.int8, _cpu.Act.none, 2, 32, 6, *addresses)
+        _cpu.linear(_cpu.DType.float32, _cpu.WeightType.int8, _cpu.Act.none, 2, 32, 6, *operands, out.data_ptr(), 6, 2, 0, 0, 1, False)

@@ -24,7 +24,7 @@ from llava_fast.engine.sampling import needs_history, stream_seed
 from llava_fast.engine.scheduler import Plan, Scheduler, Work
 from llava_fast.engine.sequence import FinishReason, Prompt, Sequence
 from llava_fast.engine.speculate import guess
-from llava_fast.engine.stats import Counters
+from llava_fast.engine.stats import Counters, weight_bytes
 from llava_fast.engine.text import TextStream
 from llava_fast.memory import available_bytes
 from llava_fast.requests import SamplingParams
@@ -85,6 +85,7 @@ class Core:
         budgets = options.max_rows, options.max_views, max_running
         self.scheduler = Scheduler(self.pool, self.features, page, *budgets, self.runner.copy_rows)
         self.counters = Counters()
+        self.weight_bytes = weight_bytes(model)
         self.under_way: Result | None = None
 
     def close(self) -> None:

@@ -65,7 +65,7 @@ class Job:
         """The text that was held back; nothing where it cannot be made."""
         try:
             return self.texts[sequence.index].finish()
-        except Exception:
+        except BaseException:  # a tokenizer's panic is no Exception
             return ""
 
     def close(self, reason: FinishReason | None = None, message: str | None = None) -> None:

@@ -163,7 +163,7 @@ def read(core: Core, waiting: int, worked: float, limits: tuple[float, float] | 
     attention = 2 * (decoder.heads + decoder.kv_heads) * decoder.head_dim * decoder.width
     per_row = 2 * decoder.layers * (attention + 3 * decoder.mlp_width * decoder.width)
     timed = core.model.device.type == "cpu"
-    decode_bytes = weight_bytes(core.model) * c.decode_steps + c.decode_keys * core.block_bytes // core.page
+    decode_bytes = core.weight_bytes * c.decode_steps + c.decode_keys * core.block_bytes // core.page
     decode_gbs = decode_bytes / c.decode_seconds / 1e9 if timed and c.decode_seconds else 0.0
     prefill_gflops = per_row * c.prompt_rows / c.prefill_seconds / 1e9 if timed and c.prefill_seconds else 0.0
     return Stats(
