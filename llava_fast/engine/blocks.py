@@ -28,6 +28,7 @@ class BlockPool:
 
     def __init__(self, count: int):
         self.count = count
+        self.used = 0  # blocks 0 : used were taken at some time
         self._unused = list(range(count - 1, -1, -1))  # hold nothing; low numbers first, so that little memory is ever touched
         self._idle: OrderedDict[int, None] = OrderedDict()  # held by nobody, content known
         self._holders = [0] * count
@@ -47,6 +48,7 @@ class BlockPool:
         """A block to write to. There has to be one available."""
         if self._unused:
             block = self._unused.pop()
+            self.used = max(self.used, block + 1)
         else:
             block, _ = self._idle.popitem(last=False)
             self._forget(block)

@@ -28,6 +28,7 @@ from llava_fast.kernels._native import release_threads
 from llava_fast.requests import InputOptions, Request, SamplingParams
 
 PAGES = (16, 32, 64, 128, 256)
+ROWS_AHEAD = 512  # of the cache whose memory is made ready before they are written, on the CPU
 
 
 class Engine:
@@ -106,6 +107,7 @@ class Engine:
         self._closing = False
         self._fatal: BaseException | None = None
         self._worked = 0.0
+        self._populated = 0  # blocks
         release_threads()
         self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="llava_fast engine", daemon=True)
         self._thread.start()
@@ -234,6 +236,7 @@ class Engine:
                 begun = time.perf_counter()
                 self._core.turn()
                 self._worked += time.perf_counter() - begun
+                self._populate()
         except BaseException as error:  # the engine's own fault: nobody may wait for what will not come
             with self._wake:
                 self._fatal = error
@@ -270,6 +273,13 @@ class Engine:
             if not job.over:
                 core.begin(job)
         return True
+
+    def _populate(self) -> None:
+        """Have a reader make the memory ready of blocks that come next: a step that touches new pages waits for them."""
+        last = min(self._core.pool.used + ROWS_AHEAD // self._core.page, self._core.pool.count)
+        if self.model.device.type == "cpu" and last - self._populated >= ROWS_AHEAD // self._core.page // 2:
+            self._readers.submit(self._core.runner.populate, max(self._populated, self._core.pool.used), last)
+            self._populated = last
 
     def _read_ahead(self) -> None:
         """Hand unread requests to the readers, as many as may wait for their turn."""

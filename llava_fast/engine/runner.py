@@ -114,6 +114,12 @@ class Runner:
         self._towers.clear()
         self.k = self.v = self.k.new_empty(0)
 
+    def populate(self, first: int, last: int) -> None:
+        """Have the memory of blocks first : last ready; on the CPU, from any thread."""
+        for buffer in (self.k, self.v):
+            for layer in buffer:
+                memory.populate(layer[first:last])
+
     # -- pictures
 
     def encode(self, pictures: list[Picture], missing: list[Picture], features: FeatureCache) -> None:

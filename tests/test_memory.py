@@ -1,0 +1,46 @@
+"""Memory that is ready before it is written to."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_fast import memory
+from llava_fast.engine.engine import ROWS_AHEAD, Engine
+
+CHECK = """
+import sys, torch
+from llava_fast import memory
+
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon:")) * 1024
+
+buffer = memory.empty((16, 1 << 20), torch.float32, torch.device("cpu"))  # 64 MB
+buffer[3] = 7
+before = held()
+memory.populate(buffer[2:10])
+assert 24 << 20 < held() - before < 48 << 20, held() - before
+assert (buffer[3] == 7).all() and (buffer[2] == 0).all()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise is Linux's")
+def test_populate_takes_pages_and_leaves_what_they_hold() -> None:
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_engine_has_its_next_blocks_ready(checkpoints, monkeypatch) -> None:
+    import llava_fast as lf
+
+    asked: list[int] = []
+    monkeypatch.setattr(memory, "populate", lambda part: asked.append(part.shape[0]))
+    model = lf.load(checkpoints["qwen_untied"], dtype=torch.float32)
+    with Engine(model, page=16, kv_cache_bytes=1 << 24) as engine:
+        engine.submit("What is this?", lf.SamplingParams(max_new_tokens=4)).result(60)
+    assert asked == [ROWS_AHEAD // 16] * (2 * model.config.decoder.layers)
