@@ -17,7 +17,7 @@ from llava_fast.kernels.activation import swiglu
 from llava_fast.kernels.paged_attention import paged_attention
 from llava_fast.kernels.rope import rope, rope_into_cache, rope_qk, rope_tables
 from llava_fast.kernels.varlen_attention import varlen_attention
-from llava_fast.models.layers import Linear, RMSNorm, join, joined_linear
+from llava_fast.models.layers import Checkpointing, Linear, RMSNorm, call_linear, join, joined_linear, run_block
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Attention(nn.Module):
             heads = joined_linear(x_TD, (self.q_proj, self.k_proj, self.v_proj)).unflatten(-1, (-1, self.head_dim))
             q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
         else:
-            q = self.q_proj(x_TD[needed_R]).unflatten(-1, (-1, self.head_dim))
+            q = call_linear(self.q_proj, x_TD[needed_R]).unflatten(-1, (-1, self.head_dim))
             k, v = joined_linear(x_TD, (self.k_proj, self.v_proj)).unflatten(-1, (-1, self.head_dim)).chunk(2, dim=-2)
         if cache is not None:
             cached_k, cached_v, state = cache
@@ -97,13 +97,13 @@ class Attention(nn.Module):
                 rope_into_cache(k[:, :0], k, v, cos, sin, cached_k, cached_v, state.slots)
                 q = rope(q, cos[needed_R], sin[needed_R])
             out = paged_attention(q, cached_k, cached_v, state.block_table, queries.cu_seqlens_q, state.lengths)
-            return self.o_proj(out.flatten(-2))
+            return call_linear(self.o_proj, out.flatten(-2))
         if needed_R is None:
             q, k = rope_qk(q, k, cos, sin)
         else:
             q, k = rope(q, cos[needed_R], sin[needed_R]), rope(k, cos, sin)
         out = varlen_attention(q, k, v, queries.cu_seqlens_q, queries.cu_seqlens_k, q_index=queries.q_index, prefix=queries.prefix)
-        return self.o_proj(out.flatten(-2))
+        return call_linear(self.o_proj, out.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -114,7 +114,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(joined_linear(x_TD, (self.gate_proj, self.up_proj))))
+        return call_linear(self.down_proj, swiglu(joined_linear(x_TD, (self.gate_proj, self.up_proj))))
 
 
 class Layer(nn.Module):
@@ -147,8 +147,11 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
+    """checkpointing: of the layers but the last, whose activations the backward pass wants first of all."""
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
+        self.checkpointing: Checkpointing = "none"
         if config.act != "silu":
             raise ValueError(f"the decoder's hidden_act must be 'silu', got {config.act!r}")
         self.config = config
@@ -203,7 +206,8 @@ class Decoder(nn.Module):
         for i, layer in enumerate(self.layers):
             final = i == len(self.layers) - 1
             state = None if cache is None else (cache.k[i], cache.v[i], cache)
-            x_TD, residual_TD = layer(x_TD, residual_TD, tables, last if final else queries, needed_R if final else None, state)
+            given = (x_TD, residual_TD, tables, last if final else queries, needed_R if final else None, state)
+            x_TD, residual_TD = run_block(layer, "none" if final else self.checkpointing, *given)
         assert residual_TD is not None, "a decoder has layers"
         return self.norm.add(x_TD, residual_TD)[0]
 

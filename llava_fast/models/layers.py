@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from llava_fast import memory
+from llava_fast.kernels.activation import activation
 from llava_fast.kernels.linear import Quantised, linear
 from llava_fast.kernels.norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 ALIGNED = 64  # bytes: a cache line
+
+# What is made again in the backward pass: nothing; all of a block, of which its input alone is kept; or all but its attention.
+Checkpointing = Literal["none", "full", "selective"]
+
+
+def run_block(block: nn.Module, checkpointing: Checkpointing, *args: Any) -> Any:
+    """block(*args), its activations made again in the backward pass where they are not kept. Gradients are the same to the bit."""
+    if checkpointing == "none" or not torch.is_grad_enabled():
+        return block(*args)
+    if checkpointing == "full":
+        return checkpoint(block, *args, use_reentrant=False)
+    return checkpoint(block, *args, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep_attention))
+
+
+def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = "attention" in op.name() and "backward" not in op.name()  # ours, and torch's of the reference
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class Linear(nn.Linear):
@@ -20,6 +40,16 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, act: str | None = None) -> Tensor:
         return linear(x, self.weight, self.bias, act=act)
+
+
+def call_linear(part: nn.Module, x: Tensor, act: str | None = None) -> Tensor:
+    """act(part(x)): in one op where `part` is a linear, of ours or torch's; in two where an adapter stands in for one."""
+    if isinstance(part, Linear):
+        return part(x, act)
+    if type(part) is nn.Linear:
+        return linear(x, part.weight, part.bias, act=act)
+    y: Tensor = part(x)
+    return y if act is None else activation(act)(y)
 
 
 class LayerNorm(nn.Module):
@@ -75,14 +105,14 @@ def join(groups: Sequence[Sequence[nn.Linear]]) -> None:
                 bias.data = piece
 
 
-def joined_linear(x: Tensor, parts: Sequence[Linear]) -> Tensor:
+def joined_linear(x: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
     """[..., sum of O]: the outputs of linears that share their input, side by side; one product where `join` put them together."""
-    if all(type(part) is Linear for part in parts):  # not where an adapter stands in
+    if all(type(part) in (Linear, nn.Linear) for part in parts):  # not where an adapter stands in
         biased = parts[0].bias is not None
         weight, bias = _adjacent([part.weight for part in parts]), _adjacent([part.bias for part in parts]) if biased else None
         if weight is not None and (bias is not None or not biased):
             return linear(x, weight, bias)
-    return torch.cat([part(x) for part in parts], dim=-1)
+    return torch.cat([call_linear(part, x) for part in parts], dim=-1)
 
 
 def _adjacent(tensors: Sequence[Any]) -> Any:

@@ -15,7 +15,7 @@ from llava_fast.kernels.activation import activation
 from llava_fast.kernels.linear import linear
 from llava_fast.kernels.patchify import patchify
 from llava_fast.kernels.varlen_attention import varlen_attention
-from llava_fast.models.layers import LayerNorm, Linear, join, joined_linear
+from llava_fast.models.layers import Checkpointing, LayerNorm, Linear, call_linear, join, joined_linear, run_block
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...], float]  # mean, std and factor of uint8 views
 
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
     def forward(self, x_TE: Tensor, cu_seqlens: Tensor) -> Tensor:
         q, k, v = joined_linear(x_TE, (self.q_proj, self.k_proj, self.v_proj)).unflatten(-1, (3, self.heads, -1)).unbind(-3)
-        return self.out_proj(varlen_attention(q, k, v, cu_seqlens, cu_seqlens, causal=False).flatten(-2))
+        return call_linear(self.out_proj, varlen_attention(q, k, v, cu_seqlens, cu_seqlens, causal=False).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -72,7 +72,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.mlp_width, config.width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(x, act=self.act))
+        return call_linear(self.fc2, call_linear(self.fc1, x, self.act))
 
 
 class Layer(nn.Module):
@@ -100,10 +100,14 @@ class Encoder(nn.Module):
 
 
 class VisionTower(nn.Module):
-    """Only the layers that run are here: what lies after the selected one (and the final norm) is carried by the checkpoint."""
+    """Only the layers that run are here: what lies after the selected one (and the final norm) is carried by the checkpoint.
+
+    checkpointing: of the layers, where the tower is trained.
+    """
 
     def __init__(self, config: LlavaConfig):
         super().__init__()
+        self.checkpointing: Checkpointing = "none"
         vision = config.vision
         self.config = vision
         self.selected = config.selected
@@ -131,7 +135,7 @@ class VisionTower(nn.Module):
         residual_TE: Tensor | None = None
         states = {0: x_TE} if 0 in self.selected else {}
         for i, layer in enumerate(self.encoder.layers, start=1):
-            x_TE, residual_TE = layer(x_TE, residual_TE, cu_seqlens)
+            x_TE, residual_TE = run_block(layer, self.checkpointing, x_TE, residual_TE, cu_seqlens)
             if i in self.selected:
                 assert residual_TE is not None
                 states[i] = x_TE + residual_TE

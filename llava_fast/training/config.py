@@ -46,7 +46,8 @@ class TrainConfig:
     lr_*: learning rate of each part; "lr": the same as `lr`; None or "frozen": not trained. The decoder is everything that is
     neither tower nor projector, embeddings, head and newline row included.  clip: largest gradient norm, None: no clipping.
     precision: 'fp32'; 'bf16': weights in bf16 (and activations, on a GPU: the CPU widens to fp32), master weights, gradient sums and
-    moments in fp32; 'auto': bf16 on a GPU, fp32 on the CPU.
+    moments in fp32; 'auto': bf16 on a GPU, fp32 on the CPU; 'bf16_pure': weights, gradients and moments in bf16 and nothing besides, 8
+    bytes a parameter instead of 18, each rounded up or down at random so that small steps count on average; it changes results.
     save_every: steps between checkpoints, None: only when interrupted; the newest `keep` stay.  resume: go on from the newest one.
     workers: threads that decode media ahead of the step.  cache_mb: memory for decoded samples, which later epochs then need not
     read again.
@@ -80,7 +81,7 @@ class TrainConfig:
     warmup_ratio: float = 0.03
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     clip: float | None = 1.0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # upstream: bf16
+    precision: Literal["auto", "fp32", "bf16", "bf16_pure"] = "auto"  # upstream: bf16
     seed: int = 42  # transformers' default
     device: str = "auto"  # ours
     save_every: int | None = 500
@@ -90,6 +91,12 @@ class TrainConfig:
     progress: bool = True  # ours
     workers: int = 4  # ours
     cache_mb: int = 1024  # ours
+    # How a step is computed. checkpointing: activations that the backward pass makes again instead of keeping them: 'none', 'full' (each
+    # block from its input) or 'selective' (all but attention); gradients stay the same.  optimizer: 'adamw', or 'adamw_8bit' with moments
+    # in 8 bits (bitsandbytes).  compile: torch.compile for the blocks; off, since the kernels here are fused already.
+    checkpointing: Literal["none", "full", "selective"] = "none"  # upstream: full
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    compile: bool = False  # upstream: true
 
     # While it runs (docs/training.md, section 7); all ours.
     tensorboard: bool = False
@@ -160,7 +167,15 @@ class TrainConfig:
         _one_of("template", self.template, get_args(Template))
         _one_of("on_bad_record", self.on_bad_record, ("error", "skip"))
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))
-        _one_of("precision", self.precision, ("auto", "fp32", "bf16"))
+        _one_of("precision", self.precision, ("auto", "fp32", "bf16", "bf16_pure"))
+        self._check_step()
+
+    def _check_step(self) -> None:
+        _one_of("checkpointing", self.checkpointing, ("none", "full", "selective"))
+        _one_of("optimizer", self.optimizer, ("adamw", "adamw_8bit"))
+        require(isinstance(self.compile, bool), "compile", self.compile, "true or false")
+        if self.precision == "bf16_pure" and self.optimizer != "adamw":
+            raise ValueError(f"precision bf16_pure rounds in an optimiser of its own: it takes optimizer adamw, got {self.optimizer}")
 
     def part_lr(self, part: str) -> float | None:
         """Peak learning rate of 'vision_tower', 'projector' or 'decoder'; None where it is frozen."""

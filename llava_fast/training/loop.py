@@ -56,6 +56,7 @@ FREE = {
     "validate_every",
     "spike_factor",
     "spike_window",
+    "checkpointing",
 }
 
 

@@ -1,4 +1,4 @@
-"""One optimiser step over packed rows: parameter groups, learning rate, gradients in fp32, clipping, AdamW."""
+"""One optimiser step over packed rows: what is trained and how it is stored, parameter groups, learning rate, clipping, AdamW."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from llava_fast.training.batches import Row
 from llava_fast.training.config import TrainConfig
+from llava_fast.training.rounding import RoundedAdamW
+
+BACKEND = "inductor"  # of torch.compile
 
 
 def part_of(name: str) -> str:
@@ -57,23 +60,40 @@ class Trained:
 
 
 def prepare_parameters(model: nn.Module, config: TrainConfig, precision: str) -> Trained:
-    """Freeze what has no learning rate; with precision 'bf16' turn the model into bf16 over fp32 master weights.
+    """Freeze what has no learning rate, set how blocks run, and with precision 'bf16' turn the model into bf16 over fp32 master weights.
 
-    In bf16 each gradient is added to its master's in fp32 as soon as it is ready, and freed: sums over several rows keep their bits.
-    Raises ValueError when nothing is left to train.
+    In bf16 each gradient is added to its master's in fp32 as soon as it is ready, and freed: sums over several rows keep their bits. In
+    'bf16_pure' the model itself is the master.
+    Raises ValueError when nothing is left to train, and for checkpointing or compile with a model that has no blocks.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(config.part_lr(part_of(name)) is not None)
     working = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not working:
         raise ValueError("nothing to train: every parameter is frozen")
-    if precision == "fp32":
+    prepare_blocks(model, config)
+    if precision == "bf16_pure":
+        model.to(torch.bfloat16)
+    if precision in ("fp32", "bf16_pure"):
         return Trained(working, dict(working))
     masters = {name: parameter.detach() for name, parameter in working.items()}  # keeps the fp32 storage; no second copy is made
     model.to(torch.bfloat16)
     for name, parameter in working.items():
         parameter.register_post_accumulate_grad_hook(_add_to(masters[name]))
     return Trained(working, masters)
+
+
+def prepare_blocks(model: nn.Module, config: TrainConfig) -> None:
+    """Checkpointing and compilation of the decoder's and the tower's layers, as configured."""
+    stacks = [module for module in model.modules() if hasattr(module, "checkpointing")]
+    if not stacks and (config.checkpointing != "none" or config.compile):
+        raise ValueError(f"checkpointing and compile are for models with blocks, got a {type(model).__name__}")
+    for stack in stacks:
+        stack.checkpointing = config.checkpointing  # type: ignore[assignment]
+        if config.compile:
+            layers = next(module for module in stack.modules() if isinstance(module, nn.ModuleList))
+            for layer in layers:
+                layer.compile(backend=BACKEND, dynamic=True)  # rows differ in length
 
 
 def _add_to(master: Tensor) -> Any:
@@ -88,26 +108,37 @@ def _add_to(master: Tensor) -> Any:
     return hook
 
 
-def make_optimizer(masters: dict[str, Tensor], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with one group for each part and each of decay / no decay; `peak_lr` of a group is what the schedule scales."""
+def make_optimizer(masters: dict[str, Tensor], config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW with one group for each part and each of decay / no decay; `peak_lr` of a group is what the schedule scales.
+
+    Over bf16 masters with unbiased rounding; as configured with moments in 8 bits.
+    """
     groups: dict[tuple[str, bool], list[Tensor]] = {}
     for name, master in masters.items():
         groups.setdefault((part_of(name), decays(name)), []).append(master)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": members,
-                "part": part,
-                "peak_lr": config.part_lr(part),
-                "lr": config.part_lr(part),
-                "weight_decay": config.weight_decay if decay else 0.0,
-            }
-            for (part, decay), members in groups.items()
-        ],
-        betas=config.betas,
-        eps=config.eps,
-        fused=True,  # one pass over each parameter, on the CPU too
-    )
+    given = [
+        {
+            "params": members,
+            "part": part,
+            "peak_lr": config.part_lr(part),
+            "lr": config.part_lr(part),
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
+        for (part, decay), members in groups.items()
+    ]
+    if config.precision == "bf16_pure":
+        return RoundedAdamW(given, config.betas, config.eps, config.seed)
+    if config.optimizer == "adamw_8bit":
+        return _eight_bit()(given, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(given, betas=config.betas, eps=config.eps, fused=True)  # one pass over each parameter, on the CPU too
+
+
+def _eight_bit() -> Any:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(f"optimizer adamw_8bit needs bitsandbytes ({error}): pip install llava_fast[train]") from error
+    return AdamW8bit
 
 
 class Objective(Protocol):
