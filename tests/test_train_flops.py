@@ -31,8 +31,10 @@ def sample(length, labels, pictures=0, patches=9, seed=0):
 
 
 def batch(samples, prefix_of=None, size=42):
-    views = sum(s.views for s in samples)
-    return pack(samples, torch.zeros(views, 3, size, size, dtype=torch.uint8) if views else None, prefix_of)
+    """Random pictures, the same ones of a sample in any batch."""
+    seeds = [(s.views, torch.Generator().manual_seed(int(s.token_ids.sum()))) for s in samples if s.views]
+    views = [torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=seed) for n, seed in seeds]
+    return pack(samples, torch.cat(views) if views else None, prefix_of)
 
 
 @pytest.fixture(scope="module", params=["qwen", "llama"])

@@ -6,6 +6,7 @@ Shape letters: B rows of the caller's batch, T their padded length, N views, V v
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,18 +61,26 @@ def pack_padded(
         if len(wrong):
             raise ValueError(f"labels must be {IGNORE} or from 0 to {model.config.decoder.vocab_size - 1}, got {int(wrong[0])}")
     samples = [Sample(ids[b][kept[b]], labels=None if all_labels is None else all_labels[b][kept[b]].astype(np.int64)) for b in range(B)]
-    batch = pack(samples, needed=needed)
+    batch = pack_marked(model, samples, pixel_values, needed, embedded=inputs_embeds is not None)
     rows = torch.from_numpy(np.flatnonzero(kept))
+    embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[rows.to(inputs_embeds.device)].to(model.compute_dtype)
+    return batch, rows, embeds
 
+
+def pack_marked(model: Any, samples: Sequence[Sample], pixel_values: Tensor | None, needed: Any, embedded: bool = False) -> PackedBatch:
+    """Samples whose ids hold a placeholder for every feature row, in one row on the model's device; embedded: pictures need no place.
+
+    Raises ValueError where there are more or fewer placeholders than features.
+    """
+    batch = pack(samples, needed=needed)
     marked = batch.token_ids == model.config.image_token_id
     marks, features = int(marked.sum()), 0 if pixel_values is None else pixel_values.shape[0] * model.config.patches
-    if marks != features and inputs_embeds is None:
+    if marks != features and not embedded:
         raise ValueError(f"Image features and image tokens do not match, tokens: {marks}, features: {features}")
     if pixel_values is not None and marks:
         layout = Layout(marked.nonzero()[:, 0], (~marked).nonzero()[:, 0], None, (), model.config.patches)
         batch = dataclasses.replace(batch, views=pixel_values, layout=layout, token_ids=batch.token_ids.masked_fill(marked, 0))
-    embeds = None if inputs_embeds is None else inputs_embeds.flatten(0, 1)[rows.to(inputs_embeds.device)].to(model.compute_dtype)
-    return batch.to(model.device), rows, embeds
+    return batch.to(model.device)
 
 
 @dataclasses.dataclass

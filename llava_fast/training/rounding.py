@@ -52,7 +52,7 @@ class RoundedAdamW(torch.optim.Optimizer):
         tensors = [_own(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         generator = torch.Generator(tensors[0].device)
         generator.manual_seed((self.seed * 1_000_003 + place) * 1_000_003 + step)
-        for weight, grad, mean, square in zip(*(tensor.flatten().split(CHUNK) for tensor in tensors), strict=True):
+        for weight, grad, mean, square in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
             g, m, v, w = grad.float(), mean.float(), square.float(), weight.float()
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
