@@ -1,4 +1,4 @@
-"""A transformers model with the packed forward, under transformers' own Trainer: the losses of the padded run, and nothing of theirs lost."""
+"""A transformers model with the packed forward, under transformers' own Trainer: the padded run's losses, and nothing of theirs lost."""
 
 from __future__ import annotations
 
