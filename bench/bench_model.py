@@ -100,7 +100,7 @@ PAGE, BLOCKS = 64, CONTEXT // 64 + 1
 
 def new_runner(model: Llava, dtype: torch.dtype) -> Runner:
     """With a cache that holds something."""
-    runner = Runner(model, BLOCKS, PAGE, dtype, 1, BLOCKS * PAGE, graphs=False)
+    runner = Runner(model, BLOCKS, PAGE, dtype, 1)
     generator = torch.Generator().manual_seed(2)
     for buffer in (runner.k, runner.v):
         buffer.copy_(torch.randn(buffer.shape, generator=generator))
