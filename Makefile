@@ -8,7 +8,7 @@ TESTED := llava_fast kernels bench tests setup.py
 # One thread a process: the suite's parallelism is its worker processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-interpreter test-aot test-main test-fast test-online test-gpu lint format aot bench gpu tune tune-check clean
+.PHONY: help demo test test-interpreter test-aot test-main test-fast test-online test-gpu lint format aot bench bench-check report gpu tune tune-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -55,6 +55,14 @@ format: $(STAMP) ## rewrite the sources as lint wants them
 bench: $(STAMP) ## the limits of this machine, then every benchmark against its baseline
 	$(BIN)/python -m bench.limits
 	$(BIN)/python -m pytest bench --benchmark-only
+
+bench-check: $(STAMP) ## measure again, and fail where a ratio fell by more than 7 % against the committed one
+	rm -rf build/bench-check
+	$(BIN)/python -m pytest bench --benchmark-only --record check --results build/bench-check
+	$(BIN)/python -m bench.check build/bench-check
+
+report: $(STAMP) ## render docs/performance.md, its pictures and the README's table from bench/results/
+	$(BIN)/python -m bench.report
 
 aot: $(STAMP) ## compile every Triton kernel and .cu without a GPU; rewrites aot.csv
 	$(BIN)/python -m bench.aot

@@ -3,6 +3,7 @@
 --seconds S     time a benchmark may take (default 2)
 --checkpoint D  a checkpoint of bench.full_size to use again
 --record NAME   write the results to bench/results/<device>/<date>-<commit>-NAME.json
+--results DIR   in place of bench/results
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llava_fast benchmarks")
     group.addoption("--seconds", type=float, default=2.0, help="time a benchmark may take")
     group.addoption("--checkpoint", type=Path, help="a directory that bench.full_size made before, instead of a new one")
+    group.addoption("--results", type=Path, default=results.RESULTS, help="where --record writes")
     group.addoption("--record", metavar="NAME", help="write the results under bench/results/")
 
 
@@ -152,5 +154,5 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if name := config.getoption("--record"):
         for device, limits in known.items():
             measured = [row for row in rows if row["device"] == device]
-            path = results.write(name, measured, {"seconds": config.getoption("--seconds")}, limits)
+            path = results.write(name, measured, {"seconds": config.getoption("--seconds")}, limits, config.getoption("--results"))
             terminalreporter.write_line(f"written: {path}")

@@ -1,0 +1,90 @@
+"""Tables from result files, and ratios that fell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import check, report, results
+
+ROOT = Path(__file__).parent.parent
+LIMITS = dict(device="cpu", threads=2, read_gbs=20, copy_gbs=18, gemm_fp32_gflops=300, gemm_bf16_gflops=30, fma_fp32_gflops=400)
+
+
+def write(folder: Path, name: str, measurements: list[dict[str, Any]], date: str = "2026-01-01T00:00:00+00:00") -> None:
+    device = {"kind": "cpu", "name": "A machine", "driver": None, "threads": 2, "isa": "avx2"}
+    facts = {"schema": 1, "name": name, "date": date, "commit": "abc", "dirty": False, "device": device, "versions": {"torch": "2"}}
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = {**facts, "settings": {}, "limits": LIMITS, "measurements": measurements}
+    (folder / f"{date[:10]}-{name}.json").write_text(json.dumps(whole))
+
+
+def timed(name: str, ratio: float, spread: float = 0.01) -> dict[str, Any]:
+    times = {"ours_ms": 10.0, "baseline_ms": 10.0 * ratio, "ratio": ratio, "ratio_low": ratio - spread, "ratio_high": ratio + spread}
+    return {"name": name, "device": "cpu", **times, "rounds": 5, "gbs": 9.0, "of_limit": 0.5}
+
+
+def test_what_is_committed_is_what_the_results_say() -> None:
+    known = report.newest(results.RESULTS)
+    readme = (ROOT / "README.md").read_text()
+    assert report.put(readme, report.table(known["cpu"])) == readme, "run `make report`"
+    assert report.page(known) == (ROOT / "docs" / "performance.md").read_text(), "run `make report`"
+
+
+def test_a_line_without_a_measurement_says_so(tmp_path) -> None:
+    write(tmp_path, "model", [timed("test_prefill", 1.98)])
+    write(tmp_path, "model", [timed("test_prefill", 2.5)], date="2026-02-01T00:00:00+00:00")
+    made = report.table(report.newest(tmp_path)["cpu"])
+    assert "| prompt of 1,500 tokens | 10 ms | 25 ms | 2.5x |" in made
+    assert made.count(report.NOT_MEASURED) == len(report.LINES) - 1
+
+
+@pytest.mark.parametrize(
+    "value, unit, shown",
+    [
+        (0.2507, "s", "251 ms"),
+        (53.7, "ms", "54 ms"),
+        (22.6, "s", "23 s"),
+        (4.6, "s", "4.6 s"),
+        (1.25, "ms", "1.2 ms"),
+        (51.4, "mb", "51 MB"),
+    ],
+)
+def test_units(value, unit, shown) -> None:
+    assert report.with_unit(value, unit) == shown
+
+
+def test_main_writes_all_of_it(tmp_path) -> None:
+    write(tmp_path / "bench" / "results" / "a-machine", "model", [timed("test_prefill", 2.0), timed("test_decode[bf16]", 3.0)])
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"Before.\n{report.BEGIN}\nold\n{report.END}\nAfter.\n")
+    report.main(tmp_path)
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith("Before.\n") and readme.endswith("\nAfter.\n") and "old" not in readme and "3.0x" in readme
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert "| prefill | 10 ms | 20 ms | 2.00 | 1.99 to 2.01 | 9.0 GB/s | 50% |" in page and "Not measured." in page
+    assert all((tmp_path / "docs" / name).stat().st_size > 5000 for name in ("limits.png", "ratios.png"))
+    with pytest.raises(ValueError, match="expected a part between"):
+        report.put("no marks", "x")
+
+
+def test_ratios_that_fell(tmp_path, capsys) -> None:
+    before = [
+        timed("a", 2.0),
+        timed("b", 2.0),
+        timed("c", 2.0, spread=0.3),
+        timed("gone", 1.0),
+        {"name": "once", "ours_s": 1, "ratio_s": 3.0},
+    ]
+    write(tmp_path / "before", "model", before)
+    write(tmp_path / "now", "model", [timed("a", 1.9), timed("b", 1.8), timed("c", 1.8), {"name": "once", "ours_s": 1, "ratio_s": 2.0}])
+    assert check.main(tmp_path / "now", tmp_path / "before") == 1
+    said = capsys.readouterr().out
+    assert "b, ms: 2.00x before, 1.80x now (-10%) on A machine" in said and "once, s: 3.00x before, 2.00x now (-33%)" in said
+    assert "4 ratios compared, 2 fell by more than 7%" in said
+    assert check.main(tmp_path / "before", tmp_path / "before") == 0
+    write(tmp_path / "other", "model", [timed("nobody", 1.0)])
+    assert check.main(tmp_path / "other", tmp_path / "before") == 2
