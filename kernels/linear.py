@@ -191,6 +191,7 @@ def _(x, weight, scale, bias, residual, kind, group, act, keep, implementation):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, scale, bias, _, kind, group, act, keep, _ = inputs
+    ctx.set_materialize_grads(False)  # of the values before act, which have none
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, scale, output[1] if keep else None)
     ctx.kind, ctx.group, ctx.act = kind, group, act
     ctx.bias_dtype = None if bias is None else bias.dtype

@@ -454,6 +454,7 @@ def _(grad, features, w1, w2, pre, table, source, rows, text_rows, token_ids, so
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     features, w1, b1, w2, b2, newline, embedding, source, rows, text_rows, token_ids, sources, sizes, modes, act, name = inputs
+    ctx.set_materialize_grads(False)  # of pre and table, which have none
     ctx.save_for_backward(features, w1, w2, *output[1:], source, rows, text_rows, token_ids, *sources)
     ctx.dtypes = [None if t is None else t.dtype for t in (features, w1, b1, w2, b2, newline, embedding)]
     ctx.arguments = sizes, modes, act

@@ -161,6 +161,46 @@ def test_rows_accumulated_equal_one_row(checkpoints, precision):
         assert (a[name] - b[name]).norm() < allowed, name
 
 
+@pytest.mark.parametrize("kind", ["qwen", "qwen_untied"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("pictures", [True, False])
+def test_looked_up_rows_are_added_to_the_heads_gradient(directory, precision, pictures):
+    """The gradients of a step are those of a plain backward pass; a token that stands in the row twice counts twice."""
+    samples = [sample(40, 7, 2 * pictures), sample(25, 25, seed=1), sample(25, 3, seed=1)]
+    rows = [Row(batch(samples), (0, 1, 2), (0, 1, 2, 3)), Row(batch([sample(9, 0)]), (3,), (0, 1))]
+    model = lf.load(directory, device="cpu", dtype=torch.float32)
+    if precision == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+    sum(model.loss(row.batch) / 34 for row in rows).backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    scale = torch.nn.utils.get_total_norm(expected.values())
+    model.zero_grad()
+    trained = prepare_parameters(model, CONFIG, precision)
+    sgd = torch.optim.SGD([{"params": list(trained.masters.values()), "peak_lr": 1.0}], lr=1.0)
+    before = {name: master.detach().clone() for name, master in trained.masters.items()}
+    _, norm, _ = train_step(model, trained, sgd, rows, 1.0, None, "cpu", LabelLoss())
+    assert model.looked_up is None
+    name = "language_model.embed_tokens.weight"
+    difference = (before[name] - trained.masters[name].detach() - expected[name]).norm()
+    assert difference < (1e-5 if precision == "fp32" else 2e-2) * expected[name].norm()
+    torch.testing.assert_close(norm, scale, rtol=1e-5 if precision == "fp32" else 2e-2, atol=0)
+
+
+def test_a_step_that_fails_leaves_the_model_as_any_other(checkpoints, row):
+    model = lf.load(checkpoints["qwen"], device="cpu", dtype=torch.float32)
+    trained = prepare_parameters(model, CONFIG, "fp32")
+
+    class Broken(LabelLoss):
+        def __call__(self, model, row):
+            raise RuntimeError("broken")
+
+    made = [Row(row, (0, 1, 2), (0, 1, 2, 3))]
+    with pytest.raises(RuntimeError, match="broken"):
+        train_step(model, trained, make_optimizer(trained.masters, CONFIG), made, 1.0, None, "cpu", Broken())
+    assert model.looked_up is None
+
+
 # --- pure bf16 ---
 
 

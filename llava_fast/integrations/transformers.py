@@ -76,7 +76,6 @@ def patch(model: Any) -> Any:
         raise ValueError(f"all layers must be on one device, got hf_device_map {shown(hf.hf_device_map)}")
     with torch.device("meta"):
         ours = _Shared(from_hf(hf.config))
-        ours.lm_head = nn.Linear(1, 1, bias=False)  # a place for theirs, tied or not
     linears = frozenset(name for name, module in ours.named_modules() if isinstance(module, nn.Linear))
     # Not registered as a submodule: state_dict and parameters stay what they were.
     object.__setattr__(hf, "_llava_fast", _Patched(ours, linears, hf.__dict__.get("forward")))
@@ -116,7 +115,8 @@ def _bind(hf: Any) -> _Shared:
     }
     for name, theirs in parts.items():
         _share(getattr(state.ours, name), theirs, name, state.linears)
-    state.ours._modules["lm_head"] = _plain(_active(hf.lm_head), "lm_head")
+    head, table = _plain(_active(hf.lm_head), "lm_head"), state.ours.language_model.embed_tokens.weight
+    state.ours._modules["lm_head"] = None if head.weight is table else head
     sample = next(state.ours.parameters())
     if hasattr(sample, "placements") or hasattr(sample, "ds_id"):
         raise ValueError("the parameters are sharded (FSDP or ZeRO 3), which the packed forward does not gather: lf.train shards by itself")
@@ -149,7 +149,7 @@ def _active(module: Any) -> Any:
     return module if copies is None else copies[module.active_adapters[0]]
 
 
-def _plain(module: Any, name: str) -> nn.Module:
+def _plain(module: Any, name: str) -> nn.Linear:
     if type(module) is not nn.Linear:
         raise ValueError(
             f"{name} must be an nn.Linear, got a {type(module).__name__}: leave it out of target_modules, or name it in modules_to_save"

@@ -27,6 +27,8 @@ class Llava(nn.Module):
     image_mean, image_std, image_rescale: how uint8 views are normalised.
     Set by checkpoint.load, for those above: input_spec, what inputs need; generation_config; carried, tensors of the checkpoint that
     nothing runs; sidecar, its other files by name, saved back unchanged.
+    looked_up: where it is a list, the embedding table has no gradient from the rows it gives: `embed` adds (ids, rows) to the list, and
+    whoever made it adds the rows' gradients to the table's.
     """
 
     input_spec: Any
@@ -38,6 +40,7 @@ class Llava(nn.Module):
         super().__init__()
         self.config = config
         self.carried, self.sidecar = {}, {}
+        self.looked_up: list[tuple[Tensor, Tensor]] | None = None
         self.image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
         self.image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
         self.image_rescale: float = 1 / 255
@@ -97,10 +100,17 @@ class Llava(nn.Module):
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """The packed embedding buffer [T, D]: text rows looked up, visual rows written by the projector."""
-        weight = self.language_model.embed_tokens.weight
+        weight, ids = self.language_model.embed_tokens.weight, batch.token_ids
+        if self.looked_up is not None and torch.is_grad_enabled() and weight.requires_grad:
+            text = ids if batch.layout is None else ids[batch.layout.text_rows]
+            weight = weight.detach()[text].requires_grad_()
+            self.looked_up.append((text, weight))
+            if batch.layout is None:
+                return weight.to(self.compute_dtype)
+            ids = torch.zeros_like(ids).index_copy(0, batch.layout.text_rows, torch.arange(text.shape[0], device=ids.device))
         if batch.layout is None or batch.views is None:
-            return weight[batch.token_ids].to(self.compute_dtype)
-        return self.multi_modal_projector.embed(self.features(batch.views), batch.layout, self.image_newline, batch.token_ids, weight)
+            return weight[ids].to(self.compute_dtype)
+        return self.multi_modal_projector.embed(self.features(batch.views), batch.layout, self.image_newline, ids, weight)
 
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None, embeds: Tensor | None = None) -> Tensor:
         """Last hidden states [R, D] of batch.needed_rows; writes keys and values to `cache` where one is given."""
