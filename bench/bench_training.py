@@ -48,7 +48,9 @@ def check_losses(runs: dict[str, list[Measured]]) -> None:
     expected = runs["llava_fast"][0].report["losses"]
     for side, measured in runs.items():
         for run in measured:
-            assert run.report["losses"] == pytest.approx(expected, rel=1e-4), f"{side} trains something else: {run.report['losses']} {expected}"
+            assert run.report["losses"] == pytest.approx(expected, rel=1e-4), (
+                f"{side} trains something else: {run.report['losses']} {expected}"
+            )
 
 
 def compare(name: str, baseline: str, checkpoint: Path, row: str, rounds: int, steps: int, benchmark: Any, record_row: Any) -> None:
@@ -87,7 +89,9 @@ def test_operations(checkpoint: Any, benchmark: Any, record_row: Any, limits: An
 
     def measure() -> dict[int, Measured]:
         env = {"PYTHONPATH": os.getcwd()}
-        return {tokens: run_measured(command("llava_fast", checkpoint(4), str(tokens), 3 if tokens < 8000 else 2), env) for tokens in TOKENS}
+        return {
+            tokens: run_measured(command("llava_fast", checkpoint(4), str(tokens), 3 if tokens < 8000 else 2), env) for tokens in TOKENS
+        }
 
     runs = benchmark.pedantic(measure, rounds=1)
     rates = {tokens: run.report["operations"] / run.report["step_s"] for tokens, run in runs.items()}

@@ -206,7 +206,9 @@ def _act_backward(grad: Tensor, pre: Tensor, act: str) -> Tensor:
     return torch.ops.aten.gelu_backward(grad, pre, approximate="tanh" if act == "gelu_pytorch_tanh" else "none")
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     x, weight, scale, pre = ctx.saved_tensors
     needs = ctx.needs_input_grad
     before = grad if pre is None else _act_backward(grad, pre, ctx.act)

@@ -461,8 +461,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.vocabulary, ctx.name = embedding.shape[0], name
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     saved, sources = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
+    if grad is None:
+        return (*[None] * 11, [None] * len(sources), None if sources else [], None, None, None)
     needs = list(ctx.needs_input_grad[:7])
     grads = _project_backward(grad, *saved, sources, *ctx.arguments, needs, ctx.vocabulary, ctx.dtypes[6], ctx.name)
     made = [g.to(dtype) if needed else None for g, dtype, needed in zip(grads, ctx.dtypes, needs, strict=True)]
