@@ -6,8 +6,8 @@ RssAnon. Before anything counts, the losses of the sides must agree, step for st
 
     pytest bench/bench_training.py --benchmark-only -k "padding_free and 4layers and 2407" --record training_2407
 
-Parts of two to eight minutes on two cores: "padding_free and 4layers and 2407", the same with 5523 and with 12layers, "operations", and "test_padded",
-which wants 16 GB.
+Parts of two to eight minutes on two cores: "padding_free and 4layers and 2407", the same with 5523 and with 12layers, "operations", and
+"test_padded", which wants 16 GB.
 """
 
 from __future__ import annotations
