@@ -86,11 +86,12 @@ def open_image(source: Any, options: InputOptions | None = None) -> Image.Image:
         return _to_rgb(opened, name)
 
 
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(width, height) of a file as `open_image` will give it (EXIF rotation applied), from the header alone. Raises ValueError as that
-    does for what a header can show."""
-    name = source_name(path)
-    with open_file(path, name, MAX_IMAGE_BYTES) as file, _read_header(file, name) as image:
+def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
+    """(width, height) of a file, or of its bytes, as `open_image` will give it (EXIF rotation applied), from the header alone. Raises
+    ValueError as that does for what a header can show."""
+    name = source_name(source)
+    opened = io.BytesIO(source) if isinstance(source, bytes) else open_file(source, name, MAX_IMAGE_BYTES)
+    with opened as file, _read_header(file, name) as image:
         width, height = image.size
         try:
             sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)

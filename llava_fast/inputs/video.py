@@ -125,13 +125,22 @@ def load_frames(
 
 
 def count_frames(
-    source: str | os.PathLike[str], num_frames: int | None = None, fps: float | None = None, upbound: int = 0, force: bool = False
+    source: str | os.PathLike[str] | bytes,
+    num_frames: int | None = None,
+    fps: float | None = None,
+    upbound: int = 0,
+    force: bool = False,
+    look: bool = False,
 ) -> int:
-    """How many frames `load_frames` gives of a file or folder, from the file's packets; nothing is read where the count is given."""
+    """How many frames `load_frames` gives of a file, its bytes, or a folder, from the file's packets; nothing is read where the count is
+    given, unless `look` asks for it. Raises ValueError as that does for what packets and names can show."""
     sampling = _by_default(num_frames, fps, upbound, force)
-    if sampling[0] is not None and fps is None:
+    if sampling[0] is not None and fps is None and not look:
         return sampling[0]
-    name = source_name(source)
+    name = source_name(source).replace("a picture of", "a video of")
+    if isinstance(source, bytes):
+        with _opened(io.BytesIO(source), name, sampling) as (_, _, _, indices):
+            return len(indices)
     path, pictures = _look(source, name)
     if pictures is not None:
         return len(_choose(len(pictures), FOLDER_FPS, sampling, (1, 1), name))

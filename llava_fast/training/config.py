@@ -36,7 +36,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\
 class TrainConfig:
     """One run. Raises ValueError for a value out of range.
 
-    model: checkpoint directory or hub id.  data: .json, .jsonl or .yaml mixture files (see inputs/records.py).
+    model: checkpoint directory or hub id.  data: files and folders of records (see inputs/sources.py).
     media_folder: where media paths start; None: beside each data file.  output_dir: checkpoints, metrics.jsonl and, at the end, an
     HF directory.  template, inputs: how a record becomes tokens and views (inputs/labels.py, requests.InputOptions).
     on_bad_record: 'error', or 'skip' to leave out records that are broken or longer than a row; each is listed in skipped.txt.
@@ -56,6 +56,11 @@ class TrainConfig:
     validation_data: mixture files like `data` whose loss, by scenario, is taken every `validate_every` steps and after the last one
     (None: only then); it changes nothing of the training.
     spike_factor: the run stops where a step's loss is above this many times the median of the last `spike_window` ones; None: never.
+
+    index_dir: where indexes of data are kept and found again; None: `index` beside output_dir.  too_long: a record longer than a row or
+    the context: 'refuse': as any bad record; 'skip': left out and counted; 'cut': its last questions and answers are left out until it
+    fits, and counted.  front_share: share of the records with several pictures that have them all before the first question, with
+    "(image 2)" where the second stood; drawn once a record, by the seed.
     """
 
     model: str
@@ -106,6 +111,11 @@ class TrainConfig:
     spike_factor: float | None = None  # a small step's loss may jump for honest reasons: 0.05 to 0.6 where one sample is hard
     spike_window: int = 100
 
+    # data, see inputs/sources.py and training/index.py
+    index_dir: str | None = None  # ours
+    too_long: Literal["refuse", "skip", "cut"] = "refuse"  # ours: upstream cuts ids, through pictures too
+    front_share: float = 0.0  # the paper mixes both formats, by a share that it does not give
+
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, (str, os.PathLike)) else self.data
         paths = isinstance(data, (list, tuple)) and all(isinstance(path, (str, os.PathLike)) for path in data)
@@ -115,7 +125,7 @@ class TrainConfig:
         paths = isinstance(held_out, (list, tuple)) and all(isinstance(path, (str, os.PathLike)) for path in held_out)
         require(paths, "validation_data", held_out, "files")
         object.__setattr__(self, "validation_data", tuple(os.fspath(path) for path in held_out))
-        for name in ("model", "output_dir", "media_folder"):
+        for name in ("model", "output_dir", "media_folder", "index_dir"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
@@ -164,6 +174,9 @@ class TrainConfig:
         require(
             self.inputs.tokenisation == "hf", "inputs.tokenisation", self.inputs.tokenisation, "left alone: `template` decides in training"
         )
+        require(self.index_dir is None or isinstance(self.index_dir, str), "index_dir", self.index_dir, "a directory or None")
+        require(is_number(self.front_share) and 0 <= self.front_share <= 1, "front_share", self.front_share, "in [0, 1]")
+        _one_of("too_long", self.too_long, ("refuse", "skip", "cut"))
         _one_of("template", self.template, get_args(Template))
         _one_of("on_bad_record", self.on_bad_record, ("error", "skip"))
         _one_of("schedule", self.schedule, ("cosine", "linear", "constant"))

@@ -57,6 +57,7 @@ FREE = {
     "spike_factor",
     "spike_window",
     "checkpointing",
+    "index_dir",
 }
 
 
@@ -105,10 +106,10 @@ def train(config: TrainConfig | Mapping[str, Any] | str | os.PathLike, on_step: 
     skipped = Skipped(Path(config.output_dir))
     on_bad = skipped if config.on_bad_record == "skip" else None
     model = checkpoint.load(Llava, config.model, device=device, dtype=torch.float32)
-    data = index_records(config, model.input_spec, on_bad)
+    data = index_records(config, model.input_spec, on_bad, skipped)
     held_out = None
     if config.validation_data:
-        held_out = index_records(dataclasses.replace(config, data=config.validation_data), model.input_spec, on_bad)
+        held_out = index_records(dataclasses.replace(config, data=config.validation_data), model.input_spec, on_bad, skipped)
     result = fit(model, data, config, device, on_step, skipped, held_out=held_out)
     checkpoint.save_pretrained(model, config.output_dir)
     return result
