@@ -296,6 +296,26 @@ def opened(path: str | os.PathLike, vision_tower: str | os.PathLike | None = Non
         yield Opened(directory, config, stored, Path(scratch), {"language_model.embed_tokens.weight": rows, "lm_head.weight": rows})
 
 
+def input_spec(path: str | os.PathLike) -> InputSpec:
+    """What inputs need to know of a checkpoint, without its weights. Raises ValueError as `load` does."""
+    with opened(path) as found:
+        return _input_spec(found)
+
+
+def _input_spec(found: Opened) -> InputSpec:
+    config = found.config
+    return InputSpec.from_dir(
+        found.inputs_dir,
+        image_token_id=config.image_token_id,
+        grid=config.vision.grid,
+        tile=config.vision.image_size,
+        max_positions=config.decoder.max_positions,
+        options=config.options,
+        has_newline=config.has_newline,
+        extra_rows=config.patches - config.vision.grid**2,
+    )
+
+
 def load(
     kind: type[M],
     path: str | os.PathLike,
@@ -318,16 +338,7 @@ def load(
         with torch.device("meta"):
             model = kind(config)
         check_tensors(model, found.stored, found.grown)
-        model.input_spec = InputSpec.from_dir(
-            inputs_dir,
-            image_token_id=config.image_token_id,
-            grid=config.vision.grid,
-            tile=config.vision.image_size,
-            max_positions=config.decoder.max_positions,
-            options=config.options,
-            has_newline=config.has_newline,
-            extra_rows=config.patches - config.vision.grid**2,
-        )
+        model.input_spec = _input_spec(found)
         processor = model.input_spec.image_processor
         model.image_mean, model.image_std, model.image_rescale = processor.image_mean, processor.image_std, processor.rescale
         model.generation_config = read_generation_config(inputs_dir, model.input_spec.tokenizer)

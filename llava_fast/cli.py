@@ -1,4 +1,4 @@
-"""`llava-fast`: demo, generate, train, convert, info."""
+"""`llava-fast`: demo, generate, data, train, convert, info."""
 
 from __future__ import annotations
 
@@ -180,6 +180,48 @@ def train(recipe: Annotated[Path, typer.Argument(help="a YAML or TOML file with 
     """Train by a recipe; a run that was stopped goes on where it was."""
     result = llava_fast.train(recipe)
     notes.print(f"{result.steps} steps, checkpoint in {result.output_dir}", markup=False)
+
+
+data = typer.Typer(no_args_is_help=True, help="Look at training data before a run.")
+app.add_typer(data, name="data")
+
+
+@data.command("check")
+def check(
+    sources: Annotated[list[Path], typer.Argument(help="files and folders of records, mixtures of them, or a recipe")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="counts tokens with this checkpoint's tokenizer and layout")] = None,
+    media_folder: Annotated[str | None, typer.Option(help="where media paths start, if not beside each file")] = None,
+    out: Annotated[Path, typer.Option(help="the folder for faults.jsonl and lengths.png")] = Path("data-check"),
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object instead of tables")] = False,
+) -> None:
+    """Check every record: files, headers, marks, turns, lengths. Exit code 1 where something is wrong, 130 after Ctrl-C."""
+    from rich.progress import Progress
+
+    from llava_fast.training.check import check_data, read_settings, tables
+
+    config, spec = read_settings(sources, model, media_folder)
+    if config.output_dir == "none":
+        config = dataclasses.replace(config, index_dir=str(out / "index"))
+    with Progress(console=notes, transient=True) as bar:
+        task = bar.add_task("checking", total=None)
+        summary = check_data(config, spec, out, lambda seen, total: bar.update(task, completed=seen, total=total))
+    if as_json:
+        print(json.dumps(summary.plain()))
+    else:
+        for table in tables(summary):
+            Console().print(table)
+        if summary.rows is not None:
+            notes.print(
+                f"{summary.rows:,} rows of {config.tokens_per_row:,} tokens an epoch, {summary.fill:.1%} full; index in {summary.index}"
+            )
+        if spec is None:
+            notes.print("no --model: tokens were not counted")
+    if summary.stopped:
+        notes.print(f"stopped before the end; {out}/faults.jsonl holds the faults found so far", markup=False, soft_wrap=True)
+        raise typer.Exit(130)
+    if summary.faults:
+        notes.print(f"{summary.faults:,} faults, each with file and record in {out}/faults.jsonl", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,16 +16,39 @@ from llava_fast.checks import shown
 Order = Literal["first_fit", "first_fit_decreasing"]
 
 
+class Rows(Sequence[list[int]]):
+    """Lists of sample indices, kept as one array: 1.2 M samples are 10 MB, where lists of lists are 70."""
+
+    def __init__(self, order: np.ndarray, starts: np.ndarray):
+        """order: the samples of all rows.  starts: where each row begins in it, and its length."""
+        self.order = order
+        self.starts = starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        index %= len(self)
+        return self.order[self.starts[index] : self.starts[index + 1]].tolist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rows) and np.array_equal(self.order, other.order) and np.array_equal(self.starts, other.starts)
+
+
 @dataclass(frozen=True)
 class Packing:
     """rows: sample indices of each row, in reading order.  too_long: samples that no row can hold, in index order."""
 
-    rows: list[list[int]]
+    rows: Rows
     too_long: list[int]
 
     def fill(self, tokens: Sequence[int] | np.ndarray, tokens_per_row: int) -> float:
         """Used share of the rows' token budget, in [0, 1]; 0 when there are no rows."""
-        used = sum(int(tokens[i]) for row in self.rows for i in row)
+        used = int(np.asarray(tokens)[self.rows.order].sum())
         return used / (len(self.rows) * tokens_per_row) if self.rows else 0.0
 
 
@@ -62,9 +85,12 @@ def pack_rows(
         )
     rng = np.random.default_rng([seed, epoch])
     shuffled = rng.permutation(len(token_counts))
-    shuffled = shuffled[~np.isin(shuffled, over)]
+    fits = np.full(len(token_counts), True)
+    fits[over] = False
+    shuffled = shuffled[fits[shuffled]]
 
-    rows: list[list[int]] = []
+    packed = np.empty(len(shuffled), dtype=np.int64)
+    starts = [0]
     returned: list[int] = []
     for start in range(0, len(shuffled), window):
         members = np.concatenate([np.array(returned, dtype=np.int64), shuffled[start : start + window]])
@@ -77,11 +103,14 @@ def pack_rows(
             keep = len(filled) - max(1, len(filled) // 8)
             filled, emptiest = filled[:keep], filled[keep:]
             returned = [i for row in emptiest for i in row.members]
-        rows += [filled[i].members for i in rng.permutation(len(filled))]
-    return Packing(rows, over.tolist())
+        for i in rng.permutation(len(filled)):
+            begin, end = starts[-1], starts[-1] + len(filled[i].members)
+            packed[begin:end] = filled[i].members
+            starts.append(end)
+    return Packing(Rows(packed, np.array(starts, dtype=np.int64)), over.tolist())
 
 
-@dataclass
+@dataclass(slots=True)
 class _Row:
     members: list[int]
     tokens_left: int
@@ -90,17 +119,23 @@ class _Row:
 
 def _first_fit(members: np.ndarray, tokens: np.ndarray, views: np.ndarray, token_budget: int, view_budget: int) -> list[_Row]:
     rows: list[_Row] = []
-    for i in members.tolist():
-        need_tokens, need_views = int(tokens[i]), int(views[i])
-        for row in rows:
+    # Rows that still hold the smallest sample: the others are not looked at again, which halves the time and changes nothing.
+    open_rows: list[_Row] = []
+    needs = tokens[members]
+    smallest = int(needs.min()) if len(needs) else 0
+    for i, need_tokens, need_views in zip(members.tolist(), needs.tolist(), views[members].tolist(), strict=True):
+        for row in open_rows:
             if need_tokens <= row.tokens_left and need_views <= row.views_left:
                 break
         else:
             row = _Row([], token_budget, view_budget)
             rows.append(row)
+            open_rows.append(row)
         row.members.append(i)
         row.tokens_left -= need_tokens
         row.views_left -= need_views
+        if row.tokens_left < smallest:
+            open_rows = [other for other in open_rows if other is not row]
     return rows
 
 

@@ -13,6 +13,7 @@ A path may have braces as upstream (`part{a,b}.json`), ranges (`shard-{0000..003
 
 from __future__ import annotations
 
+import codecs
 import glob
 import itertools
 import json
@@ -34,6 +35,7 @@ from llava_fast.inputs.video import FRAME_SUFFIXES
 
 BLOCK = 8 << 20  # bytes of a JSON list that are looked at together
 VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".mpg", ".mpeg", ".m4v"}
+NUMBER = ("", ".", "e", "E", "+", "-")
 WHITE = re.compile(r"[ \t\n\r]*")
 BRACES = re.compile(r"\{([^{}]*)\}")
 
@@ -51,7 +53,7 @@ class Source:
         """Whether media may lie in the source itself."""
         return self.path.suffix not in (".json", ".jsonl")
 
-    def places(self) -> Sequence[Any]:
+    def places(self) -> Sequence[Any] | np.ndarray:
         """Where each record lies, for `read`. Raises ValueError for a file that is not what its name says."""
         if self.path.suffix == ".jsonl":
             return _lines(self.path)
@@ -208,7 +210,8 @@ def _elements(path: Path) -> np.ndarray:
             """Another block, without what is behind; False at the end of the file."""
             nonlocal text, base, at
             data = file.read(block)
-            text, base, at = text[at:] + data.decode("latin-1"), base + at, 0
+            if data:
+                text, base, at = text[at:] + data.decode("latin-1"), base + at, 0
             return bool(data)
 
         def sign() -> str:
@@ -219,8 +222,8 @@ def _elements(path: Path) -> np.ndarray:
                 if at < len(text) or not more():
                     return text[at : at + 1]
 
-        more()
-        at = 3 if text.startswith("\xef\xbb\xbf") else 0
+        base = 3 if file.read(3) == codecs.BOM_UTF8 else 0
+        file.seek(base)
         if sign() != "[":
             raise _not_a_list(path)
         at += 1
@@ -232,7 +235,7 @@ def _elements(path: Path) -> np.ndarray:
                 if more():
                     continue
                 raise ValueError(f"{path} is not valid JSON: {error} (in the record {len(spans)}, at byte {base + at})") from error
-            if end == len(text) and opening != "{" and more():  # a number may go on
+            if opening not in '{["' and text[end : end + 1] in NUMBER and more():  # a number that may go on
                 continue
             spans.append((base + at, base + end))
             at, block = end, BLOCK
@@ -278,7 +281,7 @@ def _members(path: Path) -> list[tuple[str, list[Span]]]:
                 if not samples or samples[-1][0] != key:
                     samples.append((key, []))
                 samples[-1][1].append((info.name, info.offset_data, info.size))
-                shard.members = []  # or it keeps every header
+                shard.members = []  # type: ignore[attr-defined]  # or it keeps every header
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path} is not a tar file that can be read (compressed ones cannot): {error}") from error
     return samples

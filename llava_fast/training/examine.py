@@ -29,6 +29,7 @@ from llava_fast.inputs.records import (
     BadRecord,
     Kind,
     Record,
+    Scenario,
     check_record,
     dataset_name,
     pictures_in_front,
@@ -64,6 +65,7 @@ class Fault:
     record: int
     id: str | None
     dataset: str
+    scenario: Scenario
     kind: Kind
     message: str
     path: str | None = None
@@ -119,7 +121,7 @@ def examine_all(job: Job, processes: int | None = None, progress: Any = None) ->
                 progress(seen, total)
 
 
-Chunk = tuple[int, Sequence[int], Sequence[Any]]  # source, numbers and places of some of its records
+Chunk = tuple[int, Sequence[int], Sequence[Any] | np.ndarray]  # source, numbers and places of some of its records
 
 
 def _chunks(job: Job) -> list[Chunk]:
@@ -146,7 +148,7 @@ def examine(job: Job, chunk: Chunk) -> Finding:
             row = _row(job, number, index, entry)
         except BadRecord as error:
             name = (dataset_name(entry) if isinstance(entry, dict) else "") or source.path.stem
-            named = (str(source.path), number, index, record_id(entry), name)
+            named = (str(source.path), number, index, record_id(entry), name, _guess(entry, name))
             faults.append(Fault(*named, error.kind, str(error), error.path, stamp(error.path) if error.path else None))
             continue
         except Exception as error:  # a fault of ours, not of the record: it stops the run, and says where
@@ -181,7 +183,7 @@ def _row(job: Job, number: int, index: int, entry: Any) -> dict[str, Any]:
         "scenario": SCENARIOS.index(record.scenario),
         "video": record.video is not None,
         "dropped": turns - len(record.turns),
-        "media": [_shortened(path, source) for path in _media_of(record)],
+        "media": _names(entry, source)[: record.media],
         "ids": ids,
         "spans": spans,
         "tokens": length,
@@ -275,12 +277,19 @@ def _draw(*numbers: int) -> float:
     return crc32(repr(numbers).encode()) / 2**32
 
 
-def _shortened(path: str, source: Source) -> str:
-    """A medium without the folder or file that it lies in."""
-    if isinstance(path, Packed):
-        return path[len(str(source.path)) :]
-    folder = os.path.join(source.folder, "")
-    return path.removeprefix(folder)
+def _names(entry: dict, source: Source) -> list[str]:
+    """A record's media as it writes them; packed ones without the file that they are in."""
+    named = entry.get("video") or entry.get("image") or []
+    names = [named] if isinstance(named, str) else named
+    return [name[len(str(source.path)) :] if isinstance(name, Packed) else name for name in names]
+
+
+def _guess(entry: Any, dataset: str) -> Scenario:
+    """The scenario of a record that may be wrong in any way."""
+    fields = entry if isinstance(entry, dict) else {}
+    image, video = fields.get("image"), fields.get("video")
+    images = tuple(map(str, image)) if isinstance(image, list) else (str(image),) if image else ()
+    return Record("", (), () if video else images, str(video) if video else None, images, dataset).scenario
 
 
 def stamp(path: str) -> list[int] | None:
@@ -341,6 +350,8 @@ def _processes(job: Job, count: int) -> Iterator[Any]:
             answer = pickle.load(worker.stdout)  # type: ignore[arg-type]
         except (EOFError, OSError, pickle.UnpicklingError) as error:
             records = f"records {chunk[1][0]} to {chunk[1][-1]} of {job.sources[chunk[0]].path}"
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.wait(10)  # its pipe is closed a moment before it has an exit code
             raise RuntimeError(f"a process that looked at {records} has died (exit code {worker.poll()})") from error
         finally:
             free.put(worker)

@@ -122,7 +122,7 @@ def open_index(
     """
     sources = find_sources(config.data, config.media_folder)
     folder = index_folder(config, spec, sources)
-    with _lock(folder):
+    with lock(folder):
         index = _open(folder, sources)
         if index is None:
             return build_index(Job(tuple(sources), config, spec), folder, on_finding, progress=progress)
@@ -257,7 +257,7 @@ def _resolve(name: str, source: Source) -> str:
     return Packed(f"{source.path}{name}") if name.startswith("\0") else os.path.join(source.folder, name)
 
 
-def _lock(folder: Path) -> FileLock:
+def lock(folder: Path) -> FileLock:
     """Processes that want the same index: one makes it, the others wait and find it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
