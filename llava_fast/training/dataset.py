@@ -17,6 +17,7 @@ from torch import Tensor
 from llava_fast.batch import Visual, splice
 from llava_fast.inputs.media import read_media
 from llava_fast.inputs.prepare import InputSpec, prepare
+from llava_fast.inputs.records import SCENARIOS
 from llava_fast.requests import Request
 from llava_fast.training.batches import Example
 from llava_fast.training.config import TrainConfig
@@ -53,6 +54,9 @@ class RecordData:
     def fingerprint(self) -> int:
         """CRC-32 of every record's ids, labels and names of media. Moving the files changes none of these."""
         return self.records.fingerprint
+
+    def scenario(self, index: int) -> str:
+        return SCENARIOS[self.records.scenarios[index]]
 
     def load(self, index: int) -> Example:
         """The labelled sample and its uint8 views; ValueError naming the record where its media cannot be read."""
