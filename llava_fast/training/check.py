@@ -87,7 +87,10 @@ class Summary:
 
     def plain(self) -> dict[str, Any]:
         """As JSON."""
-        tables = {name: {key: dataclasses.asdict(group) for key, group in self.by(part).items()} for part, name in enumerate(PARTS)}
+        tables = {
+            name: {key: {**vars(group), "left_out": dict(group.left_out)} for key, group in self.by(part).items()}
+            for part, name in enumerate(PARTS)
+        }
         return {**tables, "faults": self.faults, "stopped": self.stopped, "rows": self.rows, "fill": self.fill, "index": self.index}
 
 
