@@ -59,10 +59,16 @@ class RecordData:
         return SCENARIOS[self.records.scenarios[index]]
 
     def load(self, index: int) -> Example:
-        """The labelled sample and its uint8 views; ValueError naming the record where its media cannot be read."""
+        """The labelled sample and its uint8 views; ValueError naming the record where its media cannot be read, RuntimeError where
+        anything else goes wrong."""
         if index in self.kept:
             return self.kept[index]
-        example = self._make(index)
+        try:
+            example = self._make(index)
+        except ValueError:
+            raise
+        except BaseException as error:  # a loader thread's SystemExit would end the run without a word, and name no record
+            raise RuntimeError(f"{self.records[index].where}: its loader died of {type(error).__name__}: {error}") from error
         (sample,), views = example.sequences, example.views
         size = 2 * sample.token_ids.nbytes + sum(visual.source.nbytes for visual in sample.visuals) + (0 if views is None else views.nbytes)
         with self._lock:
