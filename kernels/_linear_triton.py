@@ -1,6 +1,7 @@
 """Triton kernels of `linear`: act(x W^T + b) + residual, where W is stored in a float type, int8, int4 or fp8.
 
-Up to FEW_ROWS rows, all kinds: `_gemv_kernel`. A program covers all of K for a few outputs, so nothing is reduced across programs.
+Up to FEW_ROWS rows (not inside `batch_invariant`), all kinds: `_gemv_kernel`. A program covers all of K for a few outputs, so nothing is
+reduced across programs.
 More rows: `_gemm_kernel` for float weights and for fp8 (x rounded to e4m3 row by row, as Hopper's tensor cores take it);
 `_gemm_quantised_kernel` for int8 and int4, widened in registers as the first operand of the product, which on Hopper may be in registers.
 Accumulation is fp32, the scales meet the accumulator: int8 and int4 numbers are exact in bf16 and fp16.
@@ -11,6 +12,7 @@ Shape letters: M rows of x, I inputs, O outputs, C numbers in a load of a weight
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -320,7 +322,7 @@ def _launch(
         default |= {"BLOCK_M": max(16, triton.next_power_of_2(_rows(M))), "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
     if x.dtype == torch.float32:
         default |= {"BLOCK_M": min(64, default["BLOCK_M"]), "BLOCK_O": 64, "BLOCK_I": default["BLOCK_I"] // 2, "num_stages": 2}
-    options = config("_gemm_quantised_kernel", f"{kind} {_size(M)}x{O}x{I}", default, x.device)
+    options = _tiles("_gemm_quantised_kernel", f"{kind} {_size(M)}x{O}x{I}", default, x.device)
     options["BLOCK_I"] = _divisor(group, options["BLOCK_I"])
     _gemm_quantised_kernel[(triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(O, options["BLOCK_O"]),)](
         out,
@@ -416,7 +418,7 @@ def gemm(
         default |= {"BLOCK_M": max(16, triton.next_power_of_2(_rows(M))), "BLOCK_O": 64, "num_warps": 4, "num_stages": 4}
     if x.dtype == torch.float32:
         default |= {"BLOCK_M": min(64, default["BLOCK_M"]), "BLOCK_O": 64, "num_warps": 4, "num_stages": 2}
-    options = config("_gemm_kernel", f"{str(x.dtype).removeprefix('torch.')} {_size(M)}x{O}x{I}", default, x.device)
+    options = _tiles("_gemm_kernel", f"{str(x.dtype).removeprefix('torch.')} {_size(M)}x{O}x{I}", default, x.device)
     options["BLOCK_I"] = _divisor(group, options["BLOCK_I"])
     _gemm_kernel[(triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(O, options["BLOCK_O"]),)](
         out,
@@ -451,7 +453,12 @@ def _rows(M: int) -> int:
 
 def _size(M: int) -> str:
     """Rows as a shape class: the next power of two, 4096 at most."""
-    return f"{min(4096, triton.next_power_of_2(_rows(M)))}"
+    return f"{min(4096, triton.next_power_of_2(M))}"
+
+
+def _tiles(kernel: str, shape_class: str, default: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """As tuned; where a row must not depend on the others the default, since one weight is met alone and joined with others."""
+    return dict(default) if registry.is_invariant() else config(kernel, shape_class, default, device)
 
 
 def _divisor(group: int, block: int) -> int:

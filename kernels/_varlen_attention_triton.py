@@ -19,6 +19,7 @@ from math import log2
 import torch
 from torch import Tensor
 
+from llava_fast.kernels import registry
 from llava_fast.kernels._triton import config, device_class, jit, on_device, tl
 
 _LOG2_E = 1.4426950408889634
@@ -112,7 +113,7 @@ def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, q_index_ptr, seqused_k_ptr, prefix_ptr, table_ptr, k_scale_ptr,
     v_scale_ptr, S, scale, q_row, k_row, v_row, k_page, v_page, table_row, Q_HEAD: tl.constexpr, K_HEAD: tl.constexpr,
     V_HEAD: tl.constexpr, H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    CAUSAL: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, PAGE: tl.constexpr, INVARIANT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
 # fmt: on
     # Causal: the last tiles of a sequence see most, and go first.
@@ -146,7 +147,8 @@ def _forward_kernel(
         q2 = _tile(q_ptr, q_offsets, valid, D1, D2, D, True)
     seen = shared + _seen(i, q_start, n, own, q_index_ptr, CAUSAL)
     end = tl.max(seen, 0)
-    full = tl.min(tl.where(valid, seen, end), 0) // BLOCK_N * BLOCK_N
+    # Of two loops, compiled apart, which of them a row's keys meet would depend on the rows of its tile.
+    full = 0 if INVARIANT else tl.min(tl.where(valid, seen, end), 0) // BLOCK_N * BLOCK_N
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -269,6 +271,6 @@ def launch_forward(
             q, k, v, out, lse, cu_q, cu_k, q_index, seqused_k, prefix, block_table, k_scale, v_scale, S, scale * _LOG2_E, q.stride(0),
             k.stride(-3), v.stride(-3), k.stride(0), v.stride(0), 0 if block_table is None else block_table.stride(0),
             Q_HEAD=q.stride(1), K_HEAD=k.stride(-2), V_HEAD=v.stride(-2), H=H, GROUP=H // k.shape[-2], D=d, D1=D1, D2=D2, CAUSAL=causal,
-            PAGE=page, **tiles,
+            PAGE=page, INVARIANT=registry.is_invariant(), **tiles,
         )
         # fmt: on

@@ -6,7 +6,8 @@
 Released checkpoints are bf16, and most CPUs multiply bf16 at a sixth of their fp32 rate: there W stays narrow in memory and is
 widened on its way into registers, which gives the results of fp32 weights at half the bytes (or a quarter, or an eighth).
 Accumulation is fp32 (fp64 for fp64 x). Quantised weights are dequantised, and activations are left as they are, with one exception:
-the Triton implementation with fp8 weights and more than 8 rows rounds x to e4m3, one scale a row, for Hopper's fp8 products.
+the Triton implementation with fp8 weights and more than 8 rows (any number inside `batch_invariant`) rounds x to e4m3, one scale a row, for
+Hopper's fp8 products.
 With AMX many rows of x go through tiles of bf16: every number is split into up to three, exactly, so the accuracy is still fp32's.
 There an x below 1e-33 loses its last bits, and an infinity in W, or in an x that meets a W wider than bf16, may come out as NaN.
 

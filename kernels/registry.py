@@ -132,9 +132,10 @@ def is_invariant() -> bool:
 
 @contextmanager
 def batch_invariant() -> Iterator[None]:
-    """Inside, in this thread, a row's result has the same bits whatever other rows its call has. Slower where there are few rows.
+    """Inside, in this thread, a row's result has the same bits whatever other rows its call has: every number of rows takes one path.
 
-    An op that has no implementation which can do so for a dtype and device raises ValueError.
+    This asks by name for implementations that can do so, be they a default or not; an op that has none for a dtype and device raises
+    ValueError. On a CPU few rows are slower, on a GPU many too.
     """
     before, _of_thread.invariant = is_invariant(), True
     try:

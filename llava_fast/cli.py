@@ -158,8 +158,8 @@ def answers_to_file(
         f"{stats.tokens_per_s:,.1f} tokens/s; to the first token, waiting included: p50 {first['p50']:.2f} s, p95 {first['p95']:.2f} s; "
         f"between tokens: p50 {between['p50'] * 1e3:.1f} ms, p95 {between['p95'] * 1e3:.1f} ms, p99 {between['p99'] * 1e3:.1f} ms\n"
         f"reused: {stats.prefix_reused:.0%} of prompt rows, {stats.pictures_reused:.0%} of pictures"
-        + ("" if stats.decode_of_limit is None else f"; of this machine's limits: decode {stats.decode_of_limit:.0%} of reading, ")
-        + ("" if stats.prefill_of_limit is None else f"prefill {stats.prefill_of_limit:.0%} of torch's fp32 products"),
+        + ("" if stats.decode_of_limit is None else f"; decode reads at {stats.decode_of_limit:.0%} of this machine's limit")
+        + ("" if stats.prefill_of_torch is None else f"; prefill at {stats.prefill_of_torch:.0%} of torch's fp32 products"),
         markup=False,
         highlight=False,
         soft_wrap=True,

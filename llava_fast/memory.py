@@ -53,14 +53,17 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
 
 
-def populate(part: Tensor) -> None:
+def populate(part: Tensor) -> bool:
     """Have the pages of a contiguous part of a CPU tensor in memory before they are written to; what they hold stays.
 
-    Where the system cannot do so (before Linux 5.14) nothing happens: they come when they are touched. 96 MB of large pages take 77 ms.
+    Returns whether the system could (Linux 5.14); else they come when they are touched. 96 MB of large pages take 77 ms.
     """
-    if sys.platform == "linux":
-        begin = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(part.data_ptr() + part.nbytes - begin), MADV_POPULATE_WRITE)
+    assert part.is_contiguous()
+    if sys.platform != "linux":
+        return False
+    begin = part.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    size = part.data_ptr() + part.nbytes - begin
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), MADV_POPULATE_WRITE) == 0
 
 
 def available_bytes(device: torch.device) -> int:

@@ -2,30 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
+from llava_fast import _cpu
 from llava_fast.kernels import registry
+from llava_fast.kernels.activation import activation, swiglu
 from llava_fast.kernels.linear import linear, quantise
+from llava_fast.kernels.norm import add_rms_norm, layer_norm, rms_norm
 from llava_fast.kernels.paged_attention import paged_attention
+from llava_fast.kernels.sampling import argmax, sample
 from llava_fast.kernels.varlen_attention import varlen_attention
 
 COUNTS = (1, 3, 8, 16, 17, 40)
 
 
+@pytest.fixture(params=_cpu.supported_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    best, threads = _cpu.isa(), torch.get_num_threads()
+    _cpu.set_isa(request.param)
+    torch.set_num_threads(2)
+    yield request.param
+    _cpu.set_isa(best)
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16", "int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_linear(kind, dtype) -> None:
+@pytest.mark.parametrize("I, O, rows", [(352, 203, 40), (2816, 1024, 200), (4320, 96, 70)])
+def test_linear(kind, dtype, I, O, rows, isa) -> None:
+    """One block of columns and several, one thread and two, rows that fill tiles and do not."""
     torch.manual_seed(0)
-    x, weight, bias = torch.randn(40, 352, dtype=dtype), torch.randn(203, 352), torch.randn(203)
+    x, weight, bias = torch.randn(rows, I, dtype=dtype), torch.randn(O, I), torch.randn(O)
     matrix = quantise(weight, kind, group=32) if kind.startswith("int") else weight.to(getattr(torch, kind))
-    residual = torch.randn(40, 203, dtype=dtype)
+    residual = torch.randn(rows, O, dtype=dtype)
+
+    def ask(first: int, last: int) -> torch.Tensor:
+        return linear(x[first:last], matrix, bias, act="gelu", residual=residual[first:last])
+
     with registry.batch_invariant():
-        alone = torch.cat([linear(x[i : i + 1], matrix, bias, act="gelu", residual=residual[i : i + 1]) for i in range(40)])
-        for count in COUNTS:
-            assert torch.equal(linear(x[:count], matrix, bias, act="gelu", residual=residual[:count]), alone[:count]), count
+        whole = ask(0, rows)
+        for first, last in [(0, 1), (1, 2), (rows - 1, rows), (3, 11), (2, 18), (0, 17), (5, rows)]:
+            assert torch.equal(ask(first, last), whole[first:last]), (first, last)
     if dtype == torch.float32:  # or the paths would be one anyway; bf16 results round the difference away
-        assert not torch.equal(linear(x[:1], matrix, bias, act="gelu", residual=residual[:1]), alone[:1])
+        assert not torch.equal(ask(0, 1), whole[:1])
+
+
+SEEDS = torch.zeros(300, dtype=torch.int64)
+OPS = {
+    "rms_norm": lambda x: rms_norm(x, torch.ones(x.shape[1]), 1e-6),
+    "layer_norm": lambda x: layer_norm(x, torch.ones(x.shape[1]), torch.ones(x.shape[1]), 1e-6),
+    "add_rms_norm": lambda x: add_rms_norm(x, x * 0.5, torch.ones(x.shape[1]), 1e-6)[0],
+    "swiglu": swiglu,
+    "gelu": activation("gelu"),
+    "argmax": lambda x: argmax(x.float()),
+    "sample": lambda x: sample(x.float(), temperature=torch.full((len(x),), 0.9), seeds=SEEDS[: len(x)], steps=SEEDS[: len(x)]),
+}
+
+
+@pytest.mark.parametrize("name", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1152, 30])
+def test_rows_of_other_ops(name, dtype, width, isa) -> None:
+    x = torch.randn(300, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with registry.batch_invariant():
+        whole = OPS[name](x)
+        for first, last in ((0, 1), (7, 8), (3, 60), (299, 300)):
+            assert torch.equal(OPS[name](x[first:last]), whole[first:last])
 
 
 @pytest.mark.parametrize("heads, groups, d", [(4, 4, 64), (14, 2, 64), (4, 1, 128)])

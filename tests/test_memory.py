@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llava_fast import memory
-from llava_fast.engine.engine import ROWS_AHEAD, Engine
+from llava_fast.engine.engine import BYTES_AHEAD, Engine
 
 CHECK = """
 import sys, torch
@@ -29,7 +29,7 @@ assert (buffer[3] == 7).all() and (buffer[2] == 0).all()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="madvise is Linux's")
+@pytest.mark.skipif(not memory.populate(torch.zeros(1)), reason="before Linux 5.14 there is no MADV_POPULATE_WRITE")
 def test_populate_takes_pages_and_leaves_what_they_hold() -> None:
     done = subprocess.run([sys.executable, "-c", CHECK], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -41,6 +41,8 @@ def test_an_engine_has_its_next_blocks_ready(checkpoints, monkeypatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(memory, "populate", lambda part: asked.append(part.shape[0]))
     model = lf.load(checkpoints["qwen_untied"], dtype=torch.float32)
-    with Engine(model, page=16, kv_cache_bytes=1 << 24) as engine:
+    with Engine(model, page=16, kv_cache_bytes=1 << 27) as engine:
         engine.submit("What is this?", lf.SamplingParams(max_new_tokens=4)).result(60)
-    assert asked == [ROWS_AHEAD // 16] * (2 * model.config.decoder.layers)
+        block = engine._core.block_bytes
+        blocks = min(BYTES_AHEAD // block, engine._core.pool.count - 1)
+    assert len(asked) == 2 * model.config.decoder.layers and set(asked) <= {blocks, blocks + 1} and blocks > 10

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from engine_cases import GREEDY, Ask, answers, assert_clean, drive, new_core, ne
 
 import llava_fast as lf
 from llava_fast.engine.job import Job
+from llava_fast.engine.sampling import log_sum_exp
 from llava_fast.engine.speculate import guess
 from llava_fast.kernels import registry
 
@@ -120,9 +122,37 @@ def test_deterministic_engines_agree_to_the_bit(seed, narrow, asks) -> None:
 
 
 def test_deterministic_needs_kernels_that_can(model) -> None:
-    with pytest.raises(ValueError, match="no batch-invariant implementation of linear .*float64"):
+    with pytest.raises(ValueError, match="no batch-invariant implementation of activation .*float64"):
         new_core(model, deterministic=True)
     assert not registry.is_invariant()
+
+
+def test_deterministic_refuses_what_comes_late(checkpoints) -> None:
+    """Kinds of weights, implementations asked for by name, and adapters: before any request."""
+    load = partial(lf.load, checkpoints["qwen_untied"], dtype=torch.float32)
+    with pytest.raises(ValueError, match="no batch-invariant implementation of linear"):
+        new_core(load(quantise="fp8"), deterministic=True)
+    new_core(load(quantise="int8"), deterministic=True)
+    with registry.use(norm="reference"), pytest.raises(ValueError, match="norm=reference was asked for but its results depend on how many"):
+        new_core(load(), deterministic=True)
+    adapted = load()
+    adapted.language_model.layers[1].mlp.up_proj = torch.nn.Sequential(adapted.language_model.layers[1].mlp.up_proj)
+    with pytest.raises(ValueError, match="layers.1.mlp.up_proj has an adapter"):
+        new_core(adapted, deterministic=True)
+
+
+def test_log_probabilities_of_a_large_vocabulary() -> None:
+    """torch splits one long row among its threads, and one of several to each."""
+    torch.manual_seed(0)
+    logits, threads = torch.randn(60, 152_000) * 3, torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        whole = log_sum_exp(logits)
+        for first, last in [(i, i + 1) for i in range(20)] + [(3, 5), (7, 30)]:
+            assert torch.equal(log_sum_exp(logits[first:last]), whole[first:last])
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(whole.double(), logits.double().logsumexp(-1), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("rows, page, cached", [(r, p, c) for r in (1, 7, 64, 2048) for p in (16, 64) for c in (True, False)])

@@ -81,7 +81,7 @@ class Core:
         self.features = FeatureCache(options.feature_cache_bytes)
         self.pool = BlockPool(blocks)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            self.runner = Runner(model, blocks, page, kv_dtype, max_running, options.graphs, options.deterministic)
+            self.runner = Runner(model, blocks, page, kv_dtype, max_running, options.max_views, options.graphs, options.deterministic)
         budgets = options.max_rows, options.max_views, max_running
         self.scheduler = Scheduler(self.pool, self.features, page, *budgets, self.runner.copy_rows)
         self.counters = Counters()

@@ -28,7 +28,7 @@ from llava_fast.kernels._native import release_threads
 from llava_fast.requests import InputOptions, Request, SamplingParams
 
 PAGES = (16, 32, 64, 128, 256)
-ROWS_AHEAD = 512  # of the cache whose memory is made ready before they are written, on the CPU
+BYTES_AHEAD = 64 << 20  # of the cache, whose memory is made ready before it is written, on the CPU
 
 
 class Engine:
@@ -108,6 +108,7 @@ class Engine:
         self._fatal: BaseException | None = None
         self._worked = 0.0
         self._populated = 0  # blocks
+        self._limits: tuple[float, float] | None = None
         release_threads()
         self._thread = threading.Thread(target=self._run, args=(torch.get_num_threads(),), name="llava_fast engine", daemon=True)
         self._thread.start()
@@ -179,7 +180,7 @@ class Engine:
                 self._cancels += self._jobs
             self._wake.notify()
         self._thread.join()
-        self._readers.shutdown()
+        self._readers.shutdown(cancel_futures=True)  # of what nobody waits for
         self._core.close()
 
     def __enter__(self) -> Engine:
@@ -196,9 +197,15 @@ class Engine:
     def stats(self, limits: bool = False) -> Stats:
         """Counts, latencies and rates since the engine was made.
 
-        limits: also as shares of what the CPU can do, measured when first asked for (0.2 s, to be had right while nothing runs).
+        limits: also as shares of what the CPU can do, which takes 0.3 s the first time, and raises ValueError while requests run then:
+        what they leave of the machine is not its limit.
         """
-        best = cpu_limits(torch.get_num_threads()) if limits and self.model.device.type == "cpu" else None
+        if limits and self._limits is None and self.model.device.type == "cpu":
+            if not self._core.idle:
+                raise ValueError("limits are measured while nothing runs: ask for them before or after the requests")
+            self._limits = cpu_limits()
+            release_threads()
+        best = self._limits if limits else None
         with self._wake:
             running = {sequence.owner for sequence in list(self._core.scheduler.running)}
             waiting = sum(job not in running for job in self._jobs.values())
@@ -256,6 +263,7 @@ class Engine:
                     break
                 if self._closing and not self._jobs:
                     return False
+                release_threads()  # the cores are others' while there is nothing to do
                 # At most an hour: a wait of centuries overflows.
                 self._wake.wait(None if next_end == float("inf") else min(max(next_end - time.perf_counter(), 0.0), 3600.0))
             arrived, self._arrived = self._arrived, []
@@ -276,8 +284,9 @@ class Engine:
 
     def _populate(self) -> None:
         """Have a reader make the memory ready of blocks that come next: a step that touches new pages waits for them."""
-        last = min(self._core.pool.used + ROWS_AHEAD // self._core.page, self._core.pool.count)
-        if self.model.device.type == "cpu" and last - self._populated >= ROWS_AHEAD // self._core.page // 2:
+        ahead = max(BYTES_AHEAD // self._core.block_bytes, 1)
+        last = min(self._core.pool.used + ahead, self._core.pool.count)
+        if self.model.device.type == "cpu" and last - self._populated >= (ahead + 1) // 2:
             self._readers.submit(self._core.runner.populate, max(self._populated, self._core.pool.used), last)
             self._populated = last
 

@@ -5,6 +5,7 @@ Shape letters: T rows of a step, S sequences, R rows whose output is read, V voc
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from llava_fast.engine.sampling import Sampler
 from llava_fast.engine.scheduler import Plan, Work
 from llava_fast.engine.sequence import Picture
 from llava_fast.kernels import registry
+from llava_fast.kernels.linear import Quantised
 from llava_fast.kernels.sampling import argmax
 from llava_fast.models.decoder import KVCache
+from llava_fast.models.layers import Linear
 from llava_fast.models.llava import Llava
 
-SMALL_VIEWS = (1, 2, 4, 8)  # numbers of views that get a captured tower of their own
+SMALL_VIEWS = (1, 2, 4)  # numbers of views that get a captured tower of their own
 RECORDED = 32  # numbers of decoding sequences whose steps are kept, on the CPU
 
 
@@ -43,6 +46,7 @@ def stage(name: str) -> Iterator[None]:
 
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -72,7 +76,15 @@ class Runner:
     """Owns the cache of keys and values, [layers, B + 1, page, G, d]; block B is what a captured step's rows of nobody look at."""
 
     def __init__(
-        self, model: Llava, blocks: int, page: int, dtype: torch.dtype, max_running: int, graphs: bool = False, deterministic: bool = False
+        self,
+        model: Llava,
+        blocks: int,
+        page: int,
+        dtype: torch.dtype,
+        max_running: int,
+        max_views: int = 8,
+        graphs: bool = False,
+        deterministic: bool = False,
     ):
         c, device = model.config.decoder, model.device
         self.model, self.page, self.device, self.blocks = model, page, device, blocks
@@ -83,22 +95,22 @@ class Runner:
         self.sampler = Sampler(model.config.decoder.vocab_size, device)
         self.weights = [parameter.data for parameter in model.parameters()]  # a recorded step holds addresses
         self.deterministic = deterministic
+        on_gpu = graphs and device.type == "cuda"
         with self.kernels():
             if deterministic:  # what is missing is told now, not in a request's first step
-                for kind in {str(weight.dtype).removeprefix("torch.") for weight in self.weights}:
-                    registry.resolve_name("linear", device.type, model.compute_dtype, kind)
-            self.graphs = graphs and device.type == "cuda" and capturable(model, dtype)
+                check_invariant(model, dtype)
+            self.graphs = on_gpu and capturable("decode steps", *decode_ops(model, dtype))
+            towers = [n for n in SMALL_VIEWS if on_gpu and n <= max_views] if on_gpu and capturable("the tower", *tower_ops(model)) else []
         self._steps: dict[int, DecodeStep] = {}
         self._towers: dict[int, TowerStep] = {}
-        if self.graphs:  # the largest first: the others live in its memory
-            pool = None
-            with torch.inference_mode(), self.kernels():
-                for size in reversed(buckets(max_running)):
-                    self._steps[size] = step = self.new_step(size)
-                    pool = step.capture(pool)
-                for views in reversed(SMALL_VIEWS):
-                    self._towers[views] = tower = TowerStep(model, views)
-                    pool = tower.capture(pool)
+        pool = None
+        with torch.inference_mode(), self.kernels():  # the largest first: the others live in its memory
+            for size in reversed(buckets(max_running)) if self.graphs else ():
+                self._steps[size] = step = self.new_step(size)
+                pool = step.capture(pool)
+            for views in reversed(towers):
+                self._towers[views] = tower = TowerStep(model, views)
+                pool = tower.capture(pool)
 
     def kernels(self) -> AbstractContextManager[None]:
         return registry.batch_invariant() if self.deterministic else nullcontext()
@@ -251,15 +263,41 @@ class Runner:
         return logits, slots_S, None if step.greedy is None else step.greedy[:count]
 
 
-def capturable(model: Llava, kv_dtype: torch.dtype) -> bool:
-    """Whether a decode step runs without waiting for the device: the reference ops read lengths and slots on the host."""
-    c, dtype = model.config, model.compute_dtype
-    names = (
-        registry.resolve_name("paged_attention", "cuda", dtype, (c.decoder.head_dim, str(kv_dtype).removeprefix("torch."))),
-        registry.resolve_name("varlen_attention", "cuda", dtype, (c.vision.width // c.vision.heads, "full")),
-        registry.resolve_name("rope", "cuda", dtype),
-    )
-    return "reference" not in names
+Op = tuple[str, torch.dtype, Any]  # its name, the dtype of its input, its shape class
+
+
+def decode_ops(model: Llava, kv_dtype: torch.dtype) -> list[Op]:
+    """Those of a decode step whose reference reads lengths and slots on the host."""
+    dtype = model.compute_dtype
+    return [("paged_attention", dtype, (model.config.decoder.head_dim, str(kv_dtype).removeprefix("torch."))), ("rope", dtype, None)]
+
+
+def tower_ops(model: Llava) -> list[Op]:
+    vision = model.config.vision
+    return [("varlen_attention", model.compute_dtype, (vision.width // vision.heads, "full"))]
+
+
+def capturable(what: str, *ops: Op) -> bool:
+    """Whether none of these ops waits for the device, as references do."""
+    waiting = [op for op, dtype, shape in ops if registry.resolve_name(op, "cuda", dtype, shape) == "reference"]
+    if waiting:
+        log.info("%s are not captured: %s would wait for the device", what, " and ".join(waiting))
+    return not waiting
+
+
+def check_invariant(model: Llava, kv_dtype: torch.dtype) -> None:
+    """Raise ValueError where a step has a part whose results depend on how many rows there are."""
+    dtype = model.compute_dtype
+    quantised = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Quantised)]
+    kinds = {*(weight.kind for weight in quantised), *(str(weight.dtype).removeprefix("torch.") for weight in model.parameters())}
+    widths = {model.config.vision.width, model.config.decoder.width}
+    plain = [(op, dtype, None) for op in ("activation", "patchify", "projector", "spatial_pool")]
+    shaped = [*(("linear", dtype, kind) for kind in sorted(kinds)), *(("norm", dtype, width) for width in sorted(widths))]
+    for op, taken, shape in [*plain, *shaped, ("sampling", torch.float32, None), *decode_ops(model, kv_dtype), *tower_ops(model)]:
+        registry.resolve_name(op, model.device.type, taken, shape)
+    for name, module in model.language_model.named_modules():
+        if name.endswith("_proj") and (type(module) is not Linear or getattr(module, "lora", None) is not None):
+            raise ValueError(f"deterministic=True: {name} has an adapter, whose products depend on the number of rows: merge it first")
 
 
 def buckets(most: int) -> list[int]:
@@ -269,11 +307,8 @@ def buckets(most: int) -> list[int]:
 
 def capture(run: Callable[[], T], pool: Any) -> tuple[torch.cuda.CUDAGraph, T]:
     """What `run` does as a CUDA graph in `pool`, and the tensors that a replay writes."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # lazily made handles and buffers are made before
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
+    run()  # lazily made handles and buffers are made before
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         made = run()

@@ -12,6 +12,8 @@ from llava_fast.engine.scheduler import Work
 from llava_fast.engine.sequence import Sequence
 from llava_fast.kernels.sampling import argmax, sample
 
+CHUNK = 1024  # logits that are summed in one go
+
 
 def stream_seed(seed: int, index: int) -> int:
     """The seed of sample `index` of a request, so that each draws for itself; in int64."""
@@ -21,6 +23,12 @@ def stream_seed(seed: int, index: int) -> int:
 def needs_history(sequence: Sequence) -> bool:
     """Whether the choice depends on the tokens before: the host has to know them."""
     return sequence.params.repetition_penalty != 1
+
+
+def log_sum_exp(logits_RV: Tensor) -> Tensor:
+    """[R], each row's in the same order whatever R is: torch splits one long row among threads, and leaves one of many to one."""
+    padded = torch.nn.functional.pad(logits_RV, (0, -logits_RV.shape[1] % CHUNK), value=-torch.inf)
+    return padded.unflatten(1, (-1, CHUNK)).logsumexp(-1).logsumexp(-1)
 
 
 class Sampler:
@@ -57,7 +65,7 @@ class Sampler:
         values = torch.zeros(2, len(params), dtype=torch.float64, device=self.device)
         values[0] = tokens
         if any(p.logprobs for p in params):
-            values[1] = logits_RV.gather(1, tokens[:, None])[:, 0] - logits_RV.logsumexp(-1)
+            values[1] = logits_RV.gather(1, tokens[:, None])[:, 0] - log_sum_exp(logits_RV)
         return values
 
     def _draw(self, logits_RV: Tensor, sequences: list[Sequence], before: list[int]) -> Tensor:

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -96,8 +95,8 @@ class Stats:
     pictures_reused: of the pictures that were needed, the share not shown to the tower.  host_ms_per_step: planning, and making text of
     tokens.  decode_gbs: bytes of weights, keys and values that decode steps read over their time, prefill_gflops: operations of the
     layers' products over the time of the other steps; both and views_per_s are 0 on a GPU, whose work is not waited for.
-    decode_of_limit, prefill_of_limit: of what the machine can read, and of torch's fp32 products, where `stats(limits=True)` asked for it.
-    Products of bf16 weights on AMX pass the second.
+    decode_of_limit, prefill_of_torch: decode_gbs of what the machine can read, and prefill_gflops of the speed of torch's own fp32 products
+    (which is no limit: those of bf16 weights on AMX are faster); None on a GPU, where `stats(limits=True)` did not ask, and of no step.
     """
 
     waiting: int  # requests of which nothing runs
@@ -122,14 +121,13 @@ class Stats:
     decode_gbs: float
     prefill_gflops: float
     decode_of_limit: float | None
-    prefill_of_limit: float | None
+    prefill_of_torch: float | None
     drafted: int
     accepted: int
 
 
-@cache
-def cpu_limits(threads: int) -> tuple[float, float]:
-    """GB/s of reading memory, and GFLOP/s of torch's fp32 products, on this many threads: the best of five runs, 0.3 s."""
+def cpu_limits() -> tuple[float, float]:
+    """GB/s of reading memory, and GFLOP/s of torch's fp32 products, on torch's threads: the best of five runs, 0.3 s."""
     source = memory.empty((1 << 26,), torch.float32, torch.device("cpu")).fill_(1)
     square = torch.ones(1024, 1024)
 
@@ -188,8 +186,8 @@ def read(core: Core, waiting: int, worked: float, limits: tuple[float, float] | 
         host_ms_per_step=c.host_seconds / max(c.steps, 1) * 1e3,
         decode_gbs=decode_gbs,
         prefill_gflops=prefill_gflops,
-        decode_of_limit=None if limits is None or not timed else decode_gbs / limits[0],
-        prefill_of_limit=None if limits is None or not timed else prefill_gflops / limits[1],
+        decode_of_limit=decode_gbs / limits[0] if limits is not None and decode_gbs else None,
+        prefill_of_torch=prefill_gflops / limits[1] if limits is not None and prefill_gflops else None,
         drafted=c.drafted,
         accepted=c.accepted,
     )

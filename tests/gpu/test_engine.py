@@ -74,7 +74,7 @@ def test_captured_towers_see_what_the_tower_sees(model: Llava, machine: tuple[st
         pytest.skip("nothing is captured without a GPU")
     runner = Runner(model, 4, 64, torch.float32, 2, graphs=True)
     assert runner.graphs
-    for count in (1, 3, 8):
+    for count in (1, 3, 4):
         views = torch.randint(0, 256, (count, 3, 384, 384), dtype=torch.uint8, device=model.device)
         step = runner._towers[next(n for n in SMALL_VIEWS if n >= count)]
         torch.testing.assert_close(step(views), model.features(views), rtol=1e-4, atol=1e-4)
