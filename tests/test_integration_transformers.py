@@ -234,6 +234,13 @@ def test_messages_and_records_give_the_same_row(kind, checkpoints, processor_of,
     assert torch.equal(row["pixel_values"], theirs)
 
 
+def test_no_row_predicts_the_first_token_of_the_next_sample(checkpoints, processor_of):
+    """transformers counts labels over the row and shifts them by one: a first token's label would be the sample before's business."""
+    samples = [{"input_ids": ids, "labels": ids} for ids in ([5, 6, 7], [8, 9])]
+    row = PackingCollator(processor_of["qwen"])(samples)
+    assert row["labels"].tolist() == [[IGNORE, 6, 7, IGNORE, 9]] and row["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+
+
 def test_the_collator_of_a_model_reads_its_directory(checkpoints, processor_of):
     model = load(checkpoints["qwen"])
     samples = [{"messages": [{"role": "user", "content": "Which one?"}, {"role": "assistant", "content": "yes"}]}]

@@ -283,6 +283,21 @@ def test_the_draws_follow_from_the_seed(config):  # noqa: F811
     assert equal(found[0], found[1]) and not equal(found[0], found[2])
 
 
+def test_every_step_draws_anew():
+    """A value that was rounded up in one step and not in the next, and the other way round: with the same draws one set holds the other."""
+    parameter = torch.full((1000,), 0.1, dtype=torch.bfloat16, requires_grad=True)
+    optimizer = RoundedAdamW([{"params": [parameter], "lr": 1e-4}], (0.9, 0.999), 1e-8, seed=0)
+    start, moved = parameter.detach().clone(), []
+    for _ in range(2):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moved.append(parameter.detach() != start)
+        parameter.data.copy_(start)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[parameter][moment].zero_()
+    assert (moved[0] & ~moved[1]).any() and (moved[1] & ~moved[0]).any()
+
+
 # --- 8 bits ---
 
 
