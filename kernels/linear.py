@@ -130,7 +130,24 @@ def _widened(weight: Tensor | Quantised, dtype: torch.dtype) -> Tensor:
     return weight.dequantise(dtype) if isinstance(weight, Quantised) else weight.to(dtype)
 
 
+class _Dequantised(torch.autograd.Function):
+    """x W^T on the reference path. W is dequantised again for the backward pass: kept, it would be as large as before it was quantised."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Quantised) -> Tensor:
+        ctx.weight = weight
+        return _product(x, weight, None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        return grad @ ctx.weight.dequantise(grad.dtype), None
+
+
 def _product(x: Tensor, weight: Tensor | Quantised, bias_O: Tensor | None) -> Tensor:
+    if isinstance(weight, Quantised) and torch.is_grad_enabled() and x.requires_grad:
+        y = _Dequantised.apply(x, weight)
+        return y if bias_O is None else y + bias_O
     if isinstance(weight, Tensor) and (weight.dtype == x.dtype or registry.in_graph(x, weight)):
         return F.linear(x, weight.to(x.dtype), bias_O)
     O, I = weight.shape

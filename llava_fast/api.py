@@ -15,6 +15,7 @@ from llava_fast.engine.generate import generate as generate_requests
 from llava_fast.inputs.prepare import InputSpec
 from llava_fast.models.llava import Llava
 from llava_fast.quantise import GROUPS, quantise_model
+from llava_fast.training import lora
 
 
 class LlavaFast(Llava):
@@ -72,7 +73,8 @@ def load(
     vision_tower: str | os.PathLike | None = None,
     quantise: str | None = None,
 ) -> LlavaFast:
-    """Read a checkpoint: a transformers `llava` directory or hub id, or an original LLaVA / LLaVA-NeXT directory.
+    """Read a checkpoint: a transformers `llava` directory or hub id, or an original LLaVA / LLaVA-NeXT directory; or the directory of a
+    LoRA adapter, in PEFT's format, which is merged into the model it names.
 
     device 'auto': the GPU where there is one.  dtype 'auto': as in the checkpoint; arithmetic on the CPU is in fp32 all the same.
     vision_tower: where an original checkpoint's tower is, if not where its config says.
@@ -81,7 +83,7 @@ def load(
     """
     if quantise not in (None, *GROUPS):
         raise ValueError(f"quantise must be one of {', '.join(GROUPS)} or None, got {quantise!r}")
-    model = checkpoint.load(LlavaFast, path, device, dtype, vision_tower)
+    model = lora.load(LlavaFast, path, device, dtype, vision_tower)
     if quantise is not None:
         quantise_model(model, quantise)
     return model

@@ -131,12 +131,27 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Features:
+    """Tower features that were computed before. rows [N, P, E] of all views; those of `missing`, int64 [M], are still to be filled.
+
+    keys: names of the missing ones, by which who computes them may keep them.
+    """
+
+    rows: Tensor
+    missing: Tensor
+    keys: tuple[str, ...] = ()
+
+    def to(self, device: torch.device | str) -> Features:
+        return Features(self.rows.to(device), self.missing.to(device), self.keys)
+
+
+@dataclass(frozen=True)
 class PackedBatch:
     """S sequences in one row of T tokens.
 
     token_ids int64 [T]; positions int64 [T]; cu_seqlens int32 [S+1]; prefix int32 [S, 2]: rows of an earlier sequence that
     sequence s attends to besides its own (empty range for most).  views [N, 3, H, W] uint8 (normalised on the device) or
-    float (already normalised), None without pictures; layout as above.
+    float (already normalised), None without pictures; layout as above.  features: where given, `views` are those that it lacks.
     label_rows int64 [L]: rows whose next token is supervised (a row may appear twice), labels int64 [L]: those next tokens,
     label_seq int64 [L]: the sequence each belongs to.
     needed_rows int64 [R]: the sorted, distinct rows whose last hidden state is read (label rows in training, the last row of
@@ -154,6 +169,7 @@ class PackedBatch:
     label_seq: Tensor
     needed_rows: Tensor
     label_index: Tensor
+    features: Features | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -165,7 +181,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         moved: dict[str, Any] = {
-            field.name: value.to(device) if isinstance(value := getattr(self, field.name), (Tensor, Layout)) else value
+            field.name: value.to(device) if isinstance(value := getattr(self, field.name), (Tensor, Layout, Features)) else value
             for field in dataclasses.fields(self)
         }
         return PackedBatch(**moved)
@@ -179,18 +195,23 @@ def pack(
     views: Tensor | None = None,
     prefix_of: Sequence[int | None] | None = None,
     needed: Needed = "labels",
+    features: Features | None = None,
 ) -> PackedBatch:
     """Join samples into one row; all on the CPU.
 
-    views: [N, 3, H, W], the samples' views in order.  prefix_of[s]: an earlier sample whose rows s continues: positions
-    go on from its length, and its last row predicts the first token of s.  needed: rows whose output is read: the label
-    rows, the last row of every sequence, or all.  Raises ValueError when views do not match.
+    views: [N, 3, H, W], the samples' views in order, or of them only those that `features` lacks.  prefix_of[s]: an earlier sample
+    whose rows s continues: positions go on from its length, and its last row predicts the first token of s.  needed: rows whose output
+    is read: the label rows, the last row of every sequence, or all.  Raises ValueError when views do not match.
     """
     parents = list(prefix_of) if prefix_of is not None else [None] * len(samples)
     lengths = np.array([len(sample) for sample in samples], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     expected = sum(sample.views for sample in samples)
     given = 0 if views is None else views.shape[0]
+    if features is not None:
+        if given != len(features.missing):
+            raise ValueError(f"{len(features.missing)} features are missing but {given} views were given")
+        given = features.rows.shape[0]
     if expected != given:
         raise ValueError(f"the samples take {expected} views but {given} were given")
 
@@ -225,12 +246,13 @@ def pack(
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         prefix=torch.from_numpy(np.array(prefix, dtype=np.int32).reshape(-1, 2)),
         views=views,
-        layout=None if views is None or views.shape[0] == 0 else _layout(samples, starts),
+        layout=_layout(samples, starts) if expected else None,
         label_rows=_tensor(rows),
         labels=_tensor(_concat(labels)),
         label_seq=_tensor(_concat(label_seq)),
         needed_rows=_tensor(needed_rows),
         label_index=_tensor(label_index.reshape(-1)),
+        features=features,
     )
 
 

@@ -29,6 +29,7 @@ from transformers import AutoConfig, GenerationConfig
 from llava_fast import memory, original
 from llava_fast.config import LlavaConfig, from_hf
 from llava_fast.inputs.prepare import InputSpec
+from llava_fast.models.layers import LowRank
 from llava_fast.models.llava import Llava
 from llava_fast.quantise import is_quantised
 
@@ -412,6 +413,8 @@ def save_pretrained(model: Any, directory: str | os.PathLike, max_shard_size: st
     target = Path(directory)
     if is_quantised(model):
         raise ValueError("a quantised model is not saved: save the one that was loaded, before it is quantised")
+    if any(isinstance(module, LowRank) for module in model.modules()):
+        raise ValueError("a model with adapters is not saved: merge them into it first (training.lora.merge)")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file, not a directory to save to")
     target.mkdir(parents=True, exist_ok=True)

@@ -21,12 +21,13 @@ def is_quantised(model: Any) -> bool:
 
 
 @torch.no_grad()
-def quantise_model(model: Any, kind: str, group: int | None = None) -> None:
-    """Replace the weights of the decoder's linears and of the head by `Quantised` ones, in place, a layer at a time.
+def quantise_model(model: Any, kind: str, group: int | None = None, head: bool = True) -> None:
+    """Replace the weights of the decoder's linears and (with `head`) of the head by `Quantised` ones, in place, a layer at a time.
 
     kind "int8", "int4" or "fp8" (e4m3); group: columns that share a scale, a multiple of 32; by default GROUPS. A head that is the
     embedding table gets a quantised copy for the product, and the table stays for look-ups. Afterwards those weights are no
-    parameters: `lf.train` and `save_pretrained` refuse the model, and it stays on its device. Raises ValueError for another kind or
+    parameters: `save_pretrained` refuses the model, `lf.train` trains only adapters on it (with the head as it was, training/lora.py), and
+    it stays on its device. Raises ValueError for another kind or
     group (before anything is replaced), and for a model that is quantised.
     """
     if kind not in GROUPS:
@@ -49,9 +50,11 @@ def quantise_model(model: Any, kind: str, group: int | None = None) -> None:
                 del part.weight
                 part.weight = whole.rows(slice(start, start + part.out_features))
                 start += part.out_features
-    head = quantise(model.head_weight, kind, group)
+    if not head:
+        return
+    whole = quantise(model.head_weight, kind, group)
     if model.lm_head is None:
-        model.quantised_head = head
+        model.quantised_head = whole
     else:
         del model.lm_head.weight
-        model.lm_head.weight = head
+        model.lm_head.weight = whole

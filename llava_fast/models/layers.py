@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -35,11 +36,46 @@ def _keep_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointP
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+class LowRank(nn.Module):
+    """A linear's adapter, LoRA (arXiv 2106.09685): scale * B A dropout(x), added to the product. A [r, I], B [O, r]; B starts at 0.
+
+    enabled: False while the model is to answer as it did without its adapters.
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.scale, self.dropout, self.enabled = scale, dropout, True
+        self.A = nn.Parameter(torch.empty(rank, inputs))
+        self.B = nn.Parameter(torch.zeros(outputs, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.dropout and self.training:
+            x = F.dropout(x, self.dropout)
+        return linear(linear(x, self.A) * self.scale, self.B)
+
+
 class Linear(nn.Linear):
-    """nn.Linear (so that tools that look for it, adapters among them, find it) whose weight may be narrower than its input."""
+    """nn.Linear (so that tools that look for it, adapters among them, find it) whose weight may be narrower than its input.
+
+    lora: an adapter of our own, None for most; see training/lora.py.
+    """
+
+    lora: LowRank | None
+
+    def __init__(self, *args: Any, **kw: Any):
+        super().__init__(*args, **kw)
+        self.register_module("lora", None)
+
+    @property
+    def adapter(self) -> LowRank | None:
+        """The adapter, where there is one and it counts."""
+        return self.lora if self.lora is not None and self.lora.enabled else None
 
     def forward(self, x: Tensor, act: str | None = None) -> Tensor:
-        return linear(x, self.weight, self.bias, act=act)
+        if self.adapter is None:
+            return linear(x, self.weight, self.bias, act=act)
+        y = linear(x, self.weight, self.bias, residual=self.adapter(x))
+        return y if act is None else activation(act)(y)
 
 
 def call_linear(part: nn.Module, x: Tensor, act: str | None = None) -> Tensor:
@@ -107,12 +143,21 @@ def join(groups: Sequence[Sequence[nn.Linear]]) -> None:
 
 def joined_linear(x: Tensor, parts: Sequence[nn.Linear]) -> Tensor:
     """[..., sum of O]: the outputs of linears that share their input, side by side; one product where `join` put them together."""
-    if all(type(part) in (Linear, nn.Linear) for part in parts):  # not where an adapter stands in
+    if all(type(part) in (Linear, nn.Linear) for part in parts):  # not where another library's adapter stands in
         biased = parts[0].bias is not None
         weight, bias = _adjacent([part.weight for part in parts]), _adjacent([part.bias for part in parts]) if biased else None
         if weight is not None and (bias is not None or not biased):
-            return linear(x, weight, bias)
+            return linear(x, weight, bias, residual=_low_rank(x, parts))
     return torch.cat([call_linear(part, x) for part in parts], dim=-1)
+
+
+def _low_rank(x: Tensor, parts: Sequence[nn.Linear]) -> Tensor | None:
+    """What the parts' adapters add to their outputs, side by side; None where there is no adapter."""
+    adapters = [getattr(part, "adapter", None) for part in parts]
+    if all(adapter is None for adapter in adapters):
+        return None
+    outputs = [x.new_zeros(*x.shape[:-1], part.out_features) if a is None else a(x) for part, a in zip(parts, adapters, strict=True)]
+    return torch.cat(outputs, dim=-1)
 
 
 def _adjacent(tensors: Sequence[Any]) -> Any:

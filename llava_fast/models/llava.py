@@ -57,7 +57,7 @@ class Llava(nn.Module):
         self.language_model.join()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Llava:
-        if isinstance(self.head_weight, Quantised):  # which are no parameters: they would stay behind
+        if any(isinstance(getattr(m, "weight", None), Quantised) for m in self.language_model.modules()):  # they would stay behind
             here, there = self.device, fn(torch.empty(0, device=self.device)).device
             if here != there:
                 raise ValueError(f"a quantised model stays on {here}, got {there}: load it there, with device={str(there)!r}")
@@ -108,9 +108,17 @@ class Llava(nn.Module):
             if batch.layout is None:
                 return weight.to(self.compute_dtype)
             ids = torch.zeros_like(ids).index_copy(0, batch.layout.text_rows, torch.arange(text.shape[0], device=ids.device))
-        if batch.layout is None or batch.views is None:
+        if batch.layout is None:
             return weight[ids].to(self.compute_dtype)
-        return self.multi_modal_projector.embed(self.features(batch.views), batch.layout, self.image_newline, ids, weight)
+        return self.multi_modal_projector.embed(self.features_of(batch), batch.layout, self.image_newline, ids, weight)
+
+    def features_of(self, batch: PackedBatch) -> Tensor:
+        """[N, P, E] of a batch with pictures: those it brings, and the tower's of the views it brings."""
+        if batch.features is None or batch.views is not None:
+            assert batch.views is not None
+            made = self.features(batch.views)
+            return made if batch.features is None else batch.features.rows.index_copy(0, batch.features.missing, made)
+        return batch.features.rows
 
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None, embeds: Tensor | None = None) -> Tensor:
         """Last hidden states [R, D] of batch.needed_rows; writes keys and values to `cache` where one is given."""
@@ -122,12 +130,16 @@ class Llava(nn.Module):
         """[R, V], fp32 (fp64 for fp64 weights)."""
         return linear(hidden_RD, self.head_weight).to(torch.promote_types(hidden_RD.dtype, torch.float32))
 
-    def label_losses(self, batch: PackedBatch, reduction: str = "none") -> Tensor:
-        """-log p of each label, fp32 [L], in the order of batch.labels (batch.label_seq says whose each is); or reduced as the op does."""
+    def label_losses(self, batch: PackedBatch, reduction: str = "none", embeds: Tensor | None = None) -> Tensor:
+        """-log p of each label, fp32 [L], in the order of batch.labels (batch.label_seq says whose each is); or reduced as the op does:
+        'sum', 'mean', or 'sequence' for the log-probability (not the loss) of each sequence's labels, [S]."""
         weight = self.head_weight
         if isinstance(weight, Quantised):
             raise ValueError("a quantised model has no loss of packed batches: load it without quantise")
-        hidden_LD = self.hidden(batch)[batch.label_index]
+        hidden_LD = self.hidden(batch, embeds=embeds)[batch.label_index]
+        if reduction == "sequence":
+            whose, count = batch.label_seq, batch.num_sequences
+            return linear_cross_entropy(hidden_LD, weight, batch.labels, reduction=reduction, label_seq=whose, sequences=count)
         return linear_cross_entropy(hidden_LD, weight, batch.labels, reduction=reduction)
 
     def loss(self, batch: PackedBatch, reduction: str = "sum") -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llava_fast.batch import PackedBatch, Sample, pack
+from llava_fast.batch import Features, PackedBatch, Sample, pack
 from llava_fast.inputs.packing import Packing, pack_rows
 from llava_fast.training.config import TrainConfig
 
@@ -57,12 +57,14 @@ def scenario_of(data: Dataset, index: int) -> str:
 class Example:
     """One sample made: a labelled sequence, or several of which later ones continue an earlier one.
 
-    prefix_of: as in `batch.pack`, counted from the example's own first sequence.  views: uint8 [n, 3, S, S], of all its sequences.
+    prefix_of: as in `batch.pack`, counted from the example's own first sequence.  views: uint8 [n, 3, S, S], of all its sequences, or
+    of them those that `features` lacks.
     """
 
     sequences: tuple[Sample, ...]
     views: Tensor | None = None
     prefix_of: tuple[int | None, ...] = (None,)
+    features: Features | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _row(indices: Sequence[int], examples: Sequence[Example | None]) -> Row | No
     sequences: list[Sample] = []
     prefix_of: list[int | None] = []
     first, kept = [0], []
-    views = []
+    views, features = [], []
     for index, example in zip(indices, examples, strict=True):
         if example is None:
             continue
@@ -198,9 +200,18 @@ def _row(indices: Sequence[int], examples: Sequence[Example | None]) -> Row | No
         kept.append(index)
         if example.views is not None and example.views.shape[0]:
             views.append(example.views)
+        if example.features is not None:
+            features.append(example.features)
     if not kept:
         return None
-    return Row(pack(sequences, torch.cat(views) if views else None, prefix_of, needed="labels"), tuple(kept), tuple(first))
+    batch = pack(sequences, torch.cat(views) if views else None, prefix_of, "labels", _join(features) if features else None)
+    return Row(batch, tuple(kept), tuple(first))
+
+
+def _join(features: Sequence[Features]) -> Features:
+    starts = itertools.accumulate((len(part.rows) for part in features[:-1]), initial=0)
+    missing = torch.cat([part.missing + start for part, start in zip(features, starts, strict=True)])
+    return Features(torch.cat([part.rows for part in features]), missing, tuple(key for part in features for key in part.keys))
 
 
 @dataclass(frozen=True)

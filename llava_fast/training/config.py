@@ -20,6 +20,7 @@ import yaml
 from llava_fast.checks import closest, is_int, is_number, require, shown
 from llava_fast.inputs.labels import Template
 from llava_fast.requests import InputOptions
+from llava_fast.training.options import DpoOptions, LoraOptions
 
 PARTS = ("vision_tower", "projector", "decoder")
 PartLr = float | Literal["lr", "frozen"] | None
@@ -61,6 +62,12 @@ class TrainConfig:
     the context: 'refuse': as any bad record; 'skip': left out and counted; 'cut': its last questions and answers are left out until it
     fits, and counted.  front_share: share of the records with several pictures that have them all before the first question, with
     "(image 2)" where the second stood; drawn once a record, by the seed.
+
+    lora: adapters on the decoder, whose own weights then stay as they are (training/lora.py); lr_decoder is theirs.  output_dir is then an
+    adapter's directory, in PEFT's format.
+    dpo: the data are preference pairs (training/preferences.py), and the loss is DPO's.
+    feature_cache: a folder for a frozen tower's features (training/features.py), which later epochs and runs read; feature_cache_gb: how
+    much it may hold.
     """
 
     model: str
@@ -116,6 +123,11 @@ class TrainConfig:
     too_long: Literal["refuse", "skip", "cut"] = "refuse"  # ours: upstream cuts ids, through pictures too
     front_share: float = 0.0  # the paper mixes both formats, by a share that it does not give
 
+    lora: LoraOptions | None = None
+    dpo: DpoOptions | None = None
+    feature_cache: str | None = None  # ours
+    feature_cache_gb: float | None = None  # ours
+
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, (str, os.PathLike)) else self.data
         paths = isinstance(data, (list, tuple)) and all(isinstance(path, (str, os.PathLike)) for path in data)
@@ -125,7 +137,7 @@ class TrainConfig:
         paths = isinstance(held_out, (list, tuple)) and all(isinstance(path, (str, os.PathLike)) for path in held_out)
         require(paths, "validation_data", held_out, "files")
         object.__setattr__(self, "validation_data", tuple(os.fspath(path) for path in held_out))
-        for name in ("model", "output_dir", "media_folder", "index_dir"):
+        for name in ("model", "output_dir", "media_folder", "index_dir", "feature_cache"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 object.__setattr__(self, name, os.fspath(value))
@@ -136,7 +148,13 @@ class TrainConfig:
         object.__setattr__(self, "betas", tuple(self.betas))
         if isinstance(self.inputs, Mapping):
             object.__setattr__(self, "inputs", _build(InputOptions, self.inputs, "inputs"))
+        for name, kind in (("lora", LoraOptions), ("dpo", DpoOptions)):
+            value = getattr(self, name)
+            if isinstance(value, (bool, Mapping)):  # `lora: true` is all defaults
+                made = (kind() if value else None) if isinstance(value, bool) else _build(kind, value, name)
+                object.__setattr__(self, name, made)
         self._check()
+        self._check_adapters()
 
     def _check(self) -> None:
         for name, expected in (
@@ -189,6 +207,19 @@ class TrainConfig:
         require(isinstance(self.compile, bool), "compile", self.compile, "true or false")
         if self.precision == "bf16_pure" and self.optimizer != "adamw":
             raise ValueError(f"precision bf16_pure rounds in an optimiser of its own: it takes optimizer adamw, got {self.optimizer}")
+
+    def _check_adapters(self) -> None:
+        require(isinstance(self.lora, LoraOptions | None), "lora", self.lora, "a mapping of LoraOptions, true or None")
+        require(isinstance(self.dpo, DpoOptions | None), "dpo", self.dpo, "a mapping of DpoOptions, true or None")
+        if self.lora is not None:
+            require(self.lr_decoder is not None, "lr_decoder", self.lr_decoder, "a learning rate where there is lora: the adapters'")
+            require(self.lr_vision_tower is None, "lr_vision_tower", self.lr_vision_tower, "'frozen' where there is lora")
+        require(self.feature_cache is None or isinstance(self.feature_cache, str), "feature_cache", self.feature_cache, "a folder or None")
+        limit = self.feature_cache_gb
+        require(limit is None or (is_number(limit) and limit > 0), "feature_cache_gb", limit, "a number > 0 or None")
+        require(limit is None or self.feature_cache is not None, "feature_cache_gb", limit, "None without feature_cache")
+        if self.feature_cache is not None:
+            require(self.lr_vision_tower is None, "lr_vision_tower", self.lr_vision_tower, "'frozen' where there is a feature_cache")
 
     def part_lr(self, part: str) -> float | None:
         """Peak learning rate of 'vision_tower', 'projector' or 'decoder'; None where it is frozen."""

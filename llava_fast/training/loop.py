@@ -27,6 +27,10 @@ from llava_fast.training.checkpoint import Run, list_states
 from llava_fast.training.config import TrainConfig, as_config
 from llava_fast.training.dataset import index_records
 from llava_fast.training.distributed import Ranks
+from llava_fast.training.dpo import PreferenceLoss
+from llava_fast.training.features import CachedData, CachedObjective, FeatureCache
+from llava_fast.training.lora import adapters, attach, load, save_adapter
+from llava_fast.training.preferences import index_pairs
 from llava_fast.training.report import Report, StepMetrics, memory_held, peak_flops, step_flops
 from llava_fast.training.step import LabelLoss, Objective, count, lr_factor, make_optimizer, prepare_parameters, train_step
 from llava_fast.training.validation import Validation, plan_validation
@@ -58,6 +62,8 @@ FREE = {
     "spike_window",
     "checkpointing",
     "index_dir",
+    "feature_cache",
+    "feature_cache_gb",
 }
 
 
@@ -105,13 +111,27 @@ def train(config: TrainConfig | Mapping[str, Any] | str | os.PathLike, on_step: 
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     skipped = Skipped(Path(config.output_dir))
     on_bad = skipped if config.on_bad_record == "skip" else None
-    model = checkpoint.load(Llava, config.model, device=device, dtype=torch.float32)
-    data = index_records(config, model.input_spec, on_bad, skipped)
-    held_out = None
+    model = load(Llava, config.model, device=device, dtype=torch.float32)
+    if config.dpo is None:
+        data: Dataset = index_records(config, model.input_spec, on_bad, skipped)
+    else:
+        data = index_pairs(config, model.input_spec, on_bad)
+    objective = LabelLoss() if config.dpo is None else PreferenceLoss(config.dpo)
+    held_out: Dataset | None = None
     if config.validation_data:
-        held_out = index_records(dataclasses.replace(config, data=config.validation_data), model.input_spec, on_bad, skipped)
-    result = fit(model, data, config, device, on_step, skipped, held_out=held_out)
-    checkpoint.save_pretrained(model, config.output_dir)
+        settings = dataclasses.replace(config, data=config.validation_data)
+        if config.dpo is None:
+            held_out = index_records(settings, model.input_spec, on_bad, skipped)
+        else:
+            held_out = index_pairs(settings, model.input_spec, on_bad)
+    if config.lora is not None:
+        attach(model, config.lora, config.seed)
+        torch.manual_seed(config.seed)  # of their dropout; a checkpoint holds the generator's state
+    result = fit(model, data, config, device, on_step, skipped, objective, held_out)
+    if config.lora is not None:
+        save_adapter(model, config.output_dir, config.lora, config.model)
+    else:
+        checkpoint.save_pretrained(model, config.output_dir)
     return result
 
 
@@ -147,8 +167,8 @@ def fit(
     objective: what a row adds to the loss; None: the cross-entropy of its labels, by `model.loss(batch, reduction)`.
     held_out: samples whose loss is taken as `config.validate_every` says.
     """
-    if is_quantised(model):
-        raise ValueError("a quantised model cannot be trained: load it without quantise")
+    if is_quantised(model) and not adapters(model):
+        raise ValueError("a quantised model cannot be trained: load it without quantise, or train adapters on it")
     device, folder, ranks = torch.device(device), Path(config.output_dir), Ranks()
     folder.mkdir(parents=True, exist_ok=True)
     skipped = skipped or Skipped(folder)
@@ -161,6 +181,11 @@ def fit(
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     trained = prepare_parameters(model, config, precision)
     run = Run(trained, make_optimizer(trained.masters, config), _settings(model, data, config, precision))
+    if isinstance(objective, PreferenceLoss):
+        objective.prepare(model, data, config, device)
+    if config.feature_cache is not None:
+        cache = FeatureCache(config.feature_cache, model, config.feature_cache_gb)
+        data, objective = CachedData(data, cache), CachedObjective(objective or LabelLoss(), cache)
     found = list_states(folder)
     if found and not config.resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run ({found[-1].name}): set resume, or choose another output_dir")

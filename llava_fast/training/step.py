@@ -26,6 +26,11 @@ def part_of(name: str) -> str:
     return "projector" if name.startswith("multi_modal_projector.") else "decoder"
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter is LoRA's (`models.layers.LowRank`)."""
+    return ".lora." in name
+
+
 def decays(name: str) -> bool:
     """Weight decay is for everything but biases and norms (CLIP's first norm is called pre_layrnorm)."""
     return not name.endswith("bias") and "norm" not in ".".join(name.split(".")[-2:])
@@ -62,14 +67,17 @@ class Trained:
 
 
 def prepare_parameters(model: nn.Module, config: TrainConfig, precision: str) -> Trained:
-    """Freeze what has no learning rate, set how blocks run, and with precision 'bf16' turn the model into bf16 over fp32 master weights.
+    """Freeze what has no learning rate, and of a decoder with adapters all but these; set how blocks run; and with precision 'bf16' turn the
+    model into bf16 over fp32 master weights.
 
     In bf16 each gradient is added to its master's in fp32 as soon as it is ready, and freed: sums over several rows keep their bits. In
     'bf16_pure' the model itself is the master.
     Raises ValueError when nothing is left to train, and for checkpointing or compile with a model that has no blocks.
     """
+    adapted = any(is_adapter(name) for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(config.part_lr(part_of(name)) is not None)
+        frozen = adapted and part_of(name) == "decoder" and not is_adapter(name)
+        parameter.requires_grad_(config.part_lr(part_of(name)) is not None and not frozen)
     working = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not working:
         raise ValueError("nothing to train: every parameter is frozen")

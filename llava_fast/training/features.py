@@ -1,0 +1,137 @@
+"""A frozen tower's features, computed once per picture and kept on disk for later epochs, runs and ranks.
+
+A feature is a file <folder>/<tower>/<ab>/<key>: the raw numbers of [P, E]. `tower` is a hash of the tower's weights, its configuration, the
+normalisation and the dtype; `key` a hash of the view's bytes. Files appear whole (written beside their place and renamed), so that any
+number of processes may share a folder; the loader's threads read them, the step computes and writes what is missing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_fast.batch import Features
+from llava_fast.training.batches import Dataset, Example, Row
+
+log = logging.getLogger(__name__)
+SAMPLED = 1 << 14  # values of a tensor that it is recognised by
+
+
+def weights_fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
+    """A hash of names, shapes, dtypes and SAMPLED values or a few more of each tensor."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in named:
+        flat = tensor.detach().flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
+        digest.update(repr((name, list(tensor.shape), str(tensor.dtype))).encode() + sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Features of a model's tower under `folder`, of at most `gigabytes` (None: as the disk has room)."""
+
+    def __init__(self, folder: str | os.PathLike, model: Any, gigabytes: float | None = None):
+        config = model.config
+        options = (config.vision, config.feature_layers, config.drop_class, model.image_mean, model.image_std, model.image_rescale)
+        self.dtype, device = model.compute_dtype, model.device.type
+        identity = (weights_fingerprint(model.vision_tower.named_parameters()), options, str(self.dtype), device)
+        self.folder = Path(folder) / hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
+        self.shape = (config.patches, config.vision.width * len(config.feature_layers))
+        self.bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.room: float = float("inf")
+        if gigabytes is not None:
+            self.room = gigabytes * 1e9 - self.bytes * sum(1 for _ in self.folder.glob("*/*"))
+
+    def keys(self, views: Tensor) -> list[str]:
+        """The name of each view, uint8 [N, 3, S, S] on the CPU."""
+        return [hashlib.blake2b(view.tobytes(), digest_size=16).hexdigest() for view in views.numpy()]
+
+    def read(self, key: str, into: Tensor) -> bool:
+        """Fill [P, E] with the view's features; False where they are not there. A file of another size counts as none."""
+        try:
+            raw = np.fromfile(self._file(key), dtype=np.uint8)
+        except FileNotFoundError:
+            return False
+        if len(raw) != self.bytes:
+            return False
+        into.copy_(torch.from_numpy(raw).view(self.dtype).view(self.shape))
+        return True
+
+    def write(self, keys: Iterable[str], rows_MPE: Tensor) -> None:
+        """Keep features under their names, while there is room; a full disk ends the keeping, not the run."""
+        for key, rows in zip(keys, rows_MPE.detach().to("cpu", self.dtype), strict=True):
+            if self.room < self.bytes:
+                return
+            file = self._file(key)
+            partial = file.with_name(f".{key}-{uuid.uuid4().hex}")
+            try:
+                file.parent.mkdir(exist_ok=True)
+                rows.contiguous().view(torch.uint8).numpy().tofile(partial)
+                os.replace(partial, file)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                log.warning("%s takes no more features (%s): the rest is computed every time", self.folder, error.strerror or error)
+                self.room = 0
+                return
+            self.room -= self.bytes
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / key
+
+
+class CachedData:
+    """A `Dataset` whose examples bring the features that are in the cache, and of their views only the others."""
+
+    def __init__(self, data: Dataset, cache: FeatureCache):
+        self.data, self.cache = data, cache
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.data.tokens
+
+    @property
+    def views(self) -> np.ndarray:
+        return self.data.views
+
+    @property
+    def fingerprint(self) -> int:
+        return self.data.fingerprint
+
+    def load(self, index: int) -> Example:
+        example = self.data.load(index)
+        if example.views is None or not len(example.views):
+            return example
+        keys = self.cache.keys(example.views)
+        rows = torch.zeros(len(keys), *self.cache.shape, dtype=self.cache.dtype)
+        missing = [i for i, key in enumerate(keys) if not self.cache.read(key, rows[i])]
+        features = Features(rows, torch.tensor(missing, dtype=torch.int64), tuple(keys[i] for i in missing))
+        return dataclasses.replace(example, views=example.views[missing] if missing else None, features=features)
+
+
+class CachedObjective:
+    """An `Objective` that fills in the features a row lacks, and keeps them, before another one sees the row."""
+
+    def __init__(self, objective: Any, cache: FeatureCache):
+        self.objective, self.cache = objective, cache
+        self.weight = objective.weight
+
+    def __call__(self, model: Any, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+        batch = row.batch
+        if batch.features is not None:
+            rows = model.features_of(batch)
+            if batch.views is not None:
+                self.cache.write(batch.features.keys, rows[batch.features.missing])
+            known = Features(rows, batch.features.missing[:0])
+            row = dataclasses.replace(row, batch=dataclasses.replace(batch, views=None, features=known))
+        return self.objective(model, row)
