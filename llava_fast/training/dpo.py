@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from llava_fast.training.options import DpoOptions
 
 REFERENCE = "reference.pt"
 SAVE_SECONDS = 30.0
+Fill = Callable[[Any, Row], Row]
 
 
 class PreferenceLoss:
@@ -37,10 +39,12 @@ class PreferenceLoss:
     def __init__(self, options: DpoOptions, reference: Tensor | None = None):
         self.options, self.reference = options, reference
 
-    def prepare(self, model: Any, data: Dataset, config: TrainConfig, device: torch.device) -> None:
+    def prepare(
+        self, model: Any, data: Dataset, config: TrainConfig, device: torch.device, fill: Fill | None = None, name: str = REFERENCE
+    ) -> None:
         """Before the first step: the reference's log-probabilities, where the model will forget them."""
         if self.reference is None and forgets(model):
-            self.reference = reference_logps(model, data, config, device)
+            self.reference = reference_logps(model, data, config, device, fill, name)
 
     def weight(self, row: Row) -> int:
         return len(row.indices)
@@ -107,10 +111,12 @@ def forgets(model: Any) -> bool:
 
 
 @torch.no_grad()
-def reference_logps(model: Any, data: Dataset, config: TrainConfig, device: torch.device) -> Tensor:
-    """`pair_logps` of every pair under the model as it is, fp32 [pairs, 2]; kept in output_dir/reference.pt, from which a run that was
-    stopped goes on. Pairs that cannot be read stay NaN."""
-    file = Path(config.output_dir) / REFERENCE
+def reference_logps(
+    model: Any, data: Dataset, config: TrainConfig, device: torch.device, fill: Fill | None = None, name: str = REFERENCE
+) -> Tensor:
+    """`pair_logps` of every pair under the model as it is, fp32 [pairs, 2]; kept in output_dir under `name`, from which a run that was
+    stopped goes on. Pairs that cannot be read stay NaN. fill: what a row is passed through before the model sees it."""
+    file = Path(config.output_dir) / name
     identity = f"{len(data.tokens)} pairs, contents {data.fingerprint:08x}, model {weights_fingerprint(model.named_parameters())}"
     logps, done = torch.full((len(data.tokens), 2), torch.nan), 0
     settings = dataclasses.replace(config, epochs=1, max_steps=None, rows_per_step=1)
@@ -130,7 +136,8 @@ def reference_logps(model: Any, data: Dataset, config: TrainConfig, device: torc
     saved = time.monotonic()
     for step in make_steps(data, settings, Position(0, done), (lambda message: None) if config.on_bad_record == "skip" else None):
         for row in step.rows:
-            logps[list(row.indices)] = pair_logps(model, row.to(device)).float().cpu()
+            row = row.to(device)
+            logps[list(row.indices)] = pair_logps(model, row if fill is None else fill(model, row)).float().cpu()
         done = step.after.row if step.after.epoch == 0 else rows
         if time.monotonic() - saved > SAVE_SECONDS:
             save()

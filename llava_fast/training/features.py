@@ -96,6 +96,9 @@ class CachedData:
     def __init__(self, data: Dataset, cache: FeatureCache):
         self.data, self.cache = data, cache
 
+    def __getattr__(self, name: str) -> Any:  # what a data set may know besides: its samples' names and scenarios
+        return getattr(self.data, name)
+
     @property
     def tokens(self) -> np.ndarray:
         return self.data.tokens
@@ -127,11 +130,25 @@ class CachedObjective:
         self.weight = objective.weight
 
     def __call__(self, model: Any, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective(model, self.filled(model, row))
+
+    def filled(self, model: Any, row: Row) -> Row:
+        """The row with all its features; those that were not in the cache are from now on."""
         batch = row.batch
-        if batch.features is not None:
-            rows = model.features_of(batch)
-            if batch.views is not None:
-                self.cache.write(batch.features.keys, rows[batch.features.missing])
-            known = Features(rows, batch.features.missing[:0])
-            row = dataclasses.replace(row, batch=dataclasses.replace(batch, views=None, features=known))
-        return self.objective(model, row)
+        if batch.features is None:
+            return row
+        rows, missing, keys = batch.features.rows, batch.features.missing, batch.features.keys
+        if batch.views is not None:
+            found = {}
+            for key in dict.fromkeys(keys):  # what an earlier step wrote while the loader was ahead of it
+                into = torch.empty(self.cache.shape, dtype=self.cache.dtype)
+                if self.cache.read(key, into):
+                    found[key] = into.to(rows.device)
+            fresh = [i for i, key in enumerate(keys) if key not in found and keys.index(key) == i]
+            if fresh:
+                names, made = [keys[i] for i in fresh], model.features(batch.views[fresh])
+                self.cache.write(names, made)
+                found |= zip(names, made, strict=True)
+            rows = rows.index_copy(0, missing, torch.stack([found[key] for key in keys]))
+        known = Features(rows, missing[:0])
+        return dataclasses.replace(row, batch=dataclasses.replace(batch, views=None, features=known))

@@ -181,11 +181,18 @@ def fit(
     precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
     trained = prepare_parameters(model, config, precision)
     run = Run(trained, make_optimizer(trained.masters, config), _settings(model, data, config, precision))
-    if isinstance(objective, PreferenceLoss):
-        objective.prepare(model, data, config, device)
+    objective, completed = objective or LabelLoss(), None
+    preferences = objective if isinstance(objective, PreferenceLoss) else None
     if config.feature_cache is not None:
         cache = FeatureCache(config.feature_cache, model, config.feature_cache_gb)
-        data, objective = CachedData(data, cache), CachedObjective(objective or LabelLoss(), cache)
+        data, objective = CachedData(data, cache), (cached := CachedObjective(objective, cache))
+        completed = cached.filled
+    if preferences is not None:
+        preferences.prepare(model, data, config, device, completed)
+        if held_out is not None and validation is not None:
+            judge = PreferenceLoss(preferences.options)
+            judge.prepare(model, held_out, config, device, name="reference-validation.pt")
+            validation = dataclasses.replace(validation, objective=judge)
     found = list_states(folder)
     if found and not config.resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run ({found[-1].name}): set resume, or choose another output_dir")
@@ -201,7 +208,7 @@ def fit(
             f"{len(data.tokens):,} samples, {len(first_epoch.rows):,} rows an epoch ({fill:.1%} full), {total:,} steps, "
             f"{count(trained.working.values()):,} parameters trained in {precision}" + (f", from step {run.step}" if run.step else "")
         )
-        loop = Loop(model, data, run, total, config, device, ranks, report, stop, on_step, Watched(objective or LabelLoss()), validation)
+        loop = Loop(model, data, run, total, config, device, ranks, report, stop, on_step, Watched(objective), validation)
         with contextlib.closing(ahead(make_steps(data, config, run.position, on_bad))) as steps:
             loop.go(steps)
         loop.finish()

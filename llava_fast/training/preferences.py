@@ -49,6 +49,9 @@ class PreferenceData:
     spec: InputSpec
     fingerprint: int
 
+    def name(self, index: int) -> str:
+        return self.records[index][0].where
+
     def load(self, index: int) -> Example:
         """ValueError naming the record where its media cannot be read."""
         record, _ = self.records[index]

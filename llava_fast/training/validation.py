@@ -19,17 +19,21 @@ from llava_fast.training.step import Objective
 
 @dataclass(frozen=True)
 class Validation:
-    """Held-out samples in rows of one scenario each, so that any objective's loss can be told apart by scenario."""
+    """Held-out samples in rows of one scenario each, so that any objective's loss can be told apart by scenario.
+
+    objective: where given, what these samples are judged by in place of the training's.
+    """
 
     data: Dataset
     rows: list[tuple[str, list[int]]]
     config: TrainConfig
     on_bad: Callable[[str], None] | None
+    objective: Objective | None = None
 
     @torch.no_grad()
     def losses(self, model: Any, objective: Objective, device: torch.device) -> dict[str, float]:
         """The objective's mean over each scenario's labels (or pairs), and over all of them under 'all'."""
-        training = model.training
+        training, objective = model.training, self.objective or objective
         model.eval()
         sums = {scenario: [0.0, 0.0] for scenario, _ in self.rows}
         with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(ahead(self._made())) as rows:
