@@ -67,7 +67,7 @@ class Trained:
 
 
 def prepare_parameters(model: nn.Module, config: TrainConfig, precision: str) -> Trained:
-    """Freeze what has no learning rate, and of a decoder with adapters all but these; set how blocks run; and with precision 'bf16' turn the
+    """Freeze what has no learning rate, and of a decoder with adapters all but these; set how blocks run; with precision 'bf16' turn the
     model into bf16 over fp32 master weights.
 
     In bf16 each gradient is added to its master's in fp32 as soon as it is ready, and freed: sums over several rows keep their bits. In
