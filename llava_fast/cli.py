@@ -176,9 +176,23 @@ def count_bytes(text: str) -> int:
 
 
 @app.command()
-def train(recipe: Annotated[Path, typer.Argument(help="a YAML or TOML file with the fields of TrainConfig")]) -> None:
-    """Train by a recipe; a run that was stopped goes on where it was."""
-    result = llava_fast.train(recipe)
+def train(
+    config: Annotated[Path | None, typer.Argument(help="a YAML or TOML file with the fields of TrainConfig")] = None,
+    recipe: Annotated[str | None, typer.Option(help="in place of a file: align, sft, interleave, dpo, ...")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="the checkpoint to start from")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="a file of records; repeat for more")] = None,
+    out: Annotated[str | None, typer.Option(help="output_dir")] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="a field, like lr=1e-4 or lora.r=128; repeat for more")] = None,
+) -> None:
+    """Train by a configuration file or a recipe; a run that was stopped goes on where it was."""
+    from llava_fast.training.config import change_fields, read_fields
+
+    if (config is None) == (recipe is None):
+        raise ValueError(f"train takes either a file or --recipe, got {'both' if config is not None else 'neither'}")
+    fields: dict[str, Any] = {"recipe": recipe} if config is None else read_fields(config)
+    given = {"model": model, "data": tuple(data or ()) or None, "output_dir": out}
+    fields |= {name: value for name, value in given.items() if value is not None}
+    result = llava_fast.train(change_fields(fields, changes or []))
     notes.print(f"{result.steps} steps, checkpoint in {result.output_dir}", markup=False)
 
 

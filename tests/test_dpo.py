@@ -74,7 +74,7 @@ def write(folder, pairs, name="pairs.json"):
 
 def fields(directory, data, out, **changes):
     kept = {"model": str(directory), "data": data, "output_dir": str(out), "tokens_per_row": 400, "inputs": {"num_frames": 3}, "dpo": True}
-    rates = {"lr": 2e-4, "lr_vision_tower": 2e-5, "precision": "fp32", "weight_decay": 0.1}
+    rates = {"lr": 5e-5, "lr_vision_tower": 5e-6, "precision": "fp32", "weight_decay": 0.1}
     return {**kept, **rates, "save_every": None, "progress": False, "log_every": 1, **changes}
 
 
@@ -134,7 +134,7 @@ def test_steps_equal_dense_passes_of_two_models(directory, folder, tmp_path, opt
     for name, parameter in named.items():
         groups.setdefault((part_of(name) == "vision_tower", decays(name)), []).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": p, "peak": 2e-5 if tower else 2e-4, "weight_decay": 0.1 if d else 0.0} for (tower, d), p in groups.items()]
+        [{"params": p, "peak": 5e-6 if tower else 5e-5, "weight_decay": 0.1 if d else 0.0} for (tower, d), p in groups.items()]
     )
     prepare_parameters(ours, config, "fp32")
     steps = make_steps(indexed, config, Position())

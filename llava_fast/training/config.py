@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,6 +21,7 @@ from llava_fast.checks import closest, is_int, is_number, require, shown
 from llava_fast.inputs.labels import Template
 from llava_fast.requests import InputOptions
 from llava_fast.training.options import DpoOptions, LoraOptions
+from llava_fast.training.recipes import resolve
 
 PARTS = ("vision_tower", "projector", "decoder")
 PartLr = float | Literal["lr", "frozen"] | None
@@ -228,14 +229,20 @@ class TrainConfig:
 
 
 def as_config(config: TrainConfig | Mapping[str, Any] | str | os.PathLike) -> TrainConfig:
-    """A `TrainConfig` from one, a mapping of its fields, or the path of a .yaml, .yml or .toml file that holds them.
+    """A `TrainConfig` from one, a mapping of its fields, or the path of a .yaml, .yml or .toml file that holds them; `recipe` among them
+    names a recipe (training/recipes.py) that gives the others.
 
     Raises ValueError for an unknown field (naming the closest), a missing one, or a file that is not readable as such.
     """
     if isinstance(config, TrainConfig):
         return config
     if isinstance(config, Mapping):
-        return _build(TrainConfig, config, "the training configuration")
+        return _build(TrainConfig, resolve(config), "the training configuration")
+    return _build(TrainConfig, resolve(read_fields(config), str(config)), str(config))
+
+
+def read_fields(config: str | os.PathLike) -> dict[str, Any]:
+    """What a .yaml, .yml or .toml file holds. Raises ValueError."""
     path = Path(config)
     if path.suffix not in (".yaml", ".yml", ".toml") or not path.is_file():
         raise ValueError(f"a training configuration is a .yaml or .toml file, got {path}" + ("" if path.is_file() else " (no such file)"))
@@ -245,7 +252,24 @@ def as_config(config: TrainConfig | Mapping[str, Any] | str | os.PathLike) -> Tr
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} must hold the fields of a TrainConfig, got {type(fields).__name__}")
-    return _build(TrainConfig, fields, str(path))
+    return fields
+
+
+def change_fields(fields: Mapping[str, Any], changes: Sequence[str]) -> dict[str, Any]:
+    """Fields with changes like "lr=1e-4" or "lora.r=128", values as in YAML. Raises ValueError for what is not of that form."""
+    changed = dict(fields)
+    for change in changes:
+        name, equals, text = change.partition("=")
+        outer, _, inner = name.partition(".")
+        if not equals or not outer or name.endswith("."):
+            raise ValueError(f"a change is written like lr=1e-4 or lora.r=128, got {shown(change)}")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name} cannot be read: {error}") from error
+        before = changed.get(outer)
+        changed[outer] = {**(before if isinstance(before, Mapping) else {}), inner: value} if inner else value
+    return changed
 
 
 def _build(kind: type, fields: Mapping[str, Any], where: str) -> Any:
