@@ -155,7 +155,9 @@ def test_steps_equal_dense_passes_of_two_models(directory, folder, tmp_path, opt
             largest = max(p.grad.abs().max() for p in named.values() if p.grad is not None)
             for name, parameter in ours.named_parameters():
                 theirs = named[name].grad
-                assert (parameter.grad - theirs).abs().max() <= 1e-5 * theirs.abs().max() + 1e-8 * largest, name
+                assert (parameter.grad - theirs).abs().max() <= 1e-5 * theirs.abs().max() + 1e-7 * largest, (
+                    name
+                )  # key biases: zero but for rounding
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_factor(number, 20, config.warmup_ratio, config.schedule)
         optimizer.step()
