@@ -25,7 +25,7 @@ from llava_fast.inputs.templates import IMAGE_MARK
 from llava_fast.requests import Request
 from llava_fast.training.batches import Example
 from llava_fast.training.config import TrainConfig
-from llava_fast.training.dataset import media_layouts
+from llava_fast.training.examine import media_layouts
 
 
 @dataclass(frozen=True)
