@@ -67,12 +67,21 @@ def m4_counts() -> tuple[list[int], list[int]]:
     return [729 * record["views"] + sum(sum(turn) for turn in record["turns"]) for record in records], views
 
 
-def test_m4_workload_fills_16k_rows():
+@pytest.mark.parametrize("views_per_row", [None, 24])
+def test_m4_workload_fills_16k_rows(views_per_row):
     tokens, views = m4_counts()
-    fills = [pack_rows(tokens, views, 16384, window=256, seed=seed) for seed in range(5)]
+    fills = [pack_rows(tokens, views, 16384, views_per_row, window=256, seed=seed) for seed in range(5)]
     assert min(packing.fill(tokens, 16384) for packing in fills) >= 0.985
     plain = pack_rows(tokens, views, 16384, window=256, order="first_fit")
     assert plain.fill(tokens, 16384) < min(packing.fill(tokens, 16384) for packing in fills)
+
+
+def test_rows_are_lists_kept_in_one_array():
+    packing = pack_rows([3, 2, 2, 1], [0] * 4, 4)
+    rows = [packing.rows[i] for i in range(len(packing.rows))]
+    assert rows == list(packing.rows) == packing.rows[:] and packing.rows[-1] == rows[-1] and sorted(sum(rows, [])) == [0, 1, 2, 3]
+    with pytest.raises(IndexError, match="row 2 of 2"):
+        packing.rows[2]
 
 
 def test_view_budget_binds_before_tokens():

@@ -111,7 +111,7 @@ def examine_all(job: Job, processes: int | None = None, progress: Any = None) ->
     """
     chunks = _chunks(job)
     total = sum(len(numbers) for _, numbers, _ in chunks)
-    count = processes or (1 if total <= ALONE else len(os.sched_getaffinity(0)))
+    count = processes or (1 if total <= ALONE else _cores())
     seen = 0
     with _processes(job, min(count, len(chunks))) as examine_chunk:
         for (_, numbers, _), finding in zip(chunks, examine_chunk(chunks), strict=True):
@@ -134,6 +134,10 @@ def _chunks(job: Job) -> list[Chunk]:
             wanted = places[numbers] if isinstance(places, np.ndarray) else [places[i] for i in numbers]
             chunks.append((number, numbers, wanted))
     return chunks
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def examine(job: Job, chunk: Chunk) -> Finding:
