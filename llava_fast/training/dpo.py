@@ -130,7 +130,7 @@ def reference_logps(
 
     def save() -> None:
         state = {"identity": identity, "pairs": identity.partition(", model")[0], "rows": rows, "done": done, "logps": logps}
-        torch.save(state, partial := file.with_suffix(".partial"))
+        torch.save(state, partial := file.with_suffix(f".{os.getpid()}"))  # ranks write the same
         os.replace(partial, file)
 
     saved = time.monotonic()
