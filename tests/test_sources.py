@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -42,6 +42,8 @@ JSON = st.recursive(
 
 
 @settings(max_examples=150, deadline=None)
+@example(values=[0.5, 1e300, -2, True, [], {}], indent=None, ascii=True, block=1, mark=False)
+@example(values=[0.5, 1e300, -2, True, [], {}], indent=2, ascii=True, block=3, mark=True)
 @given(
     values=st.lists(JSON, max_size=6),
     indent=st.sampled_from([None, 0, 2]),
