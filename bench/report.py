@@ -58,6 +58,8 @@ LINES = (
     Line("loss of 8,192 rows at 4 % labels, with its gradients", "linear_cross_entropy", "test_linear_cross_entropy_at_4_percent_labels"),
     Line("its memory beyond the weight's gradient", "linear_cross_entropy", "linear_cross_entropy_memory", "mb"),
     Line("attention of a training batch of 8, and its gradient", "varlen_attention", "test_pack_forward_and_backward[16]"),
+    Line("a training step of 2,407 tokens \\*\\*\\*", "training_2407", "training_padding_free_2407_4layers", "step_s"),
+    Line("its peak memory (anonymous) \\*\\*\\*", "training_2407", "training_padding_free_2407_4layers", "anon_bytes"),
 )
 
 
