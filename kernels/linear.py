@@ -198,7 +198,7 @@ def _linear(
     pre = torch.empty_like(out) if keep else x.new_empty(0)
     residual = None if residual is None else residual.reshape(out.shape)
     _launch(implementation, out, x_MI, weight, scale, bias, residual, kind, group, act, None, pre if keep else None)
-    return out.view(*x.shape[:-1], weight.shape[0]), pre.view(*x.shape[:-1], -1) if keep else pre
+    return out.view(*x.shape[:-1], weight.shape[0]), pre.view(*x.shape[:-1], weight.shape[0]) if keep else pre
 
 
 @_linear.register_fake

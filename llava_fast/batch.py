@@ -156,6 +156,7 @@ class PackedBatch:
     label_seq int64 [L]: the sequence each belongs to.
     needed_rows int64 [R]: the sorted, distinct rows whose last hidden state is read (label rows in training, the last row of
     each sequence in prefill); label_index int64 [L] finds label_rows in it.
+    split: a models.sequence.Split where this is one device's part of a row; cu_seqlens and prefix are then those of the whole.
     """
 
     token_ids: Tensor
@@ -170,6 +171,7 @@ class PackedBatch:
     needed_rows: Tensor
     label_index: Tensor
     features: Features | None = None
+    split: Any = None
 
     @property
     def num_tokens(self) -> int:
@@ -181,7 +183,7 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         moved: dict[str, Any] = {
-            field.name: value.to(device) if isinstance(value := getattr(self, field.name), (Tensor, Layout, Features)) else value
+            field.name: value.to(device) if hasattr(value := getattr(self, field.name), "to") else value
             for field in dataclasses.fields(self)
         }
         return PackedBatch(**moved)

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -193,7 +194,8 @@ def train(
     given = {"model": model, "data": tuple(data or ()) or None, "output_dir": out}
     fields |= {name: value for name, value in given.items() if value is not None}
     result = llava_fast.train(change_fields(fields, changes or []))
-    notes.print(f"{result.steps} steps, checkpoint in {result.output_dir}", markup=False)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun
+        notes.print(f"{result.steps} steps, checkpoint in {result.output_dir}", markup=False)
 
 
 data = typer.Typer(no_args_is_help=True, help="Look at training data before a run.")

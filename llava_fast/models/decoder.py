@@ -18,6 +18,7 @@ from llava_fast.kernels.paged_attention import paged_attention
 from llava_fast.kernels.rope import rope, rope_into_cache, rope_qk, rope_tables
 from llava_fast.kernels.varlen_attention import varlen_attention
 from llava_fast.models.layers import Checkpointing, Linear, RMSNorm, call_linear, join, joined_linear, run_block
+from llava_fast.models.sequence import Split, split_attention
 
 
 @dataclass
@@ -37,12 +38,16 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Queries:
-    """Which rows ask, and what they may see: made once a step and shared by all layers. With a cache, cu_seqlens_q alone is read."""
+    """Which rows ask, and what they may see: made once a step and shared by all layers. With a cache, cu_seqlens_q alone is read.
+
+    split: where this is part of a row; the others are of the whole one.
+    """
 
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     q_index: Tensor | None
     prefix: Tensor | None
+    split: Split | None = None
 
 
 def inverse_frequencies(config: DecoderConfig, device: torch.device) -> tuple[Tensor, float]:
@@ -102,7 +107,11 @@ class Attention(nn.Module):
             q, k = rope_qk(q, k, cos, sin)
         else:
             q, k = rope(q, cos[needed_R], sin[needed_R]), rope(k, cos, sin)
-        out = varlen_attention(q, k, v, queries.cu_seqlens_q, queries.cu_seqlens_k, q_index=queries.q_index, prefix=queries.prefix)
+        lengths, places = (queries.cu_seqlens_q, queries.cu_seqlens_k), (queries.q_index, queries.prefix)
+        if queries.split is None:
+            out = varlen_attention(q, k, v, *lengths, q_index=places[0], prefix=places[1])
+        else:
+            out = split_attention(q, k, v, queries.split, needed_R is not None, *lengths, *places)
         return call_linear(self.o_proj, out.flatten(-2))
 
 
@@ -176,13 +185,15 @@ class Decoder(nn.Module):
         prefix: Tensor | None = None,
         needed_R: Tensor | None = None,
         cache: KVCache | None = None,
+        split: Split | None = None,
     ) -> Tensor:
         """Normalised last hidden states [R, D] of the needed rows (all T where needed_R, sorted, is None).
 
         The last layer works on the needed rows alone, save its keys and values; the result is that of working on all.
         With a cache, the rows of a sequence follow what the cache holds of it, and the needed ones are its last.
+        With a split, the rows are part of a longer row, which cu_seqlens and prefix describe; needed_R is of the part.
         """
-        return self.run(x_TD, self.tables(positions_T, x_TD.dtype), cu_seqlens, prefix, needed_R, cache)
+        return self.run(x_TD, self.tables(positions_T, x_TD.dtype), cu_seqlens, prefix, needed_R, cache, split)
 
     def tables(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the rows, each [T, d/2]."""
@@ -198,10 +209,11 @@ class Decoder(nn.Module):
         prefix: Tensor | None = None,
         needed_R: Tensor | None = None,
         cache: KVCache | None = None,
+        split: Split | None = None,
     ) -> Tensor:
         """`forward`, with the rows' cos and sin in place of their positions."""
-        queries = Queries(cu_seqlens, cu_seqlens, None, prefix)
-        last = queries if needed_R is None else _narrow(queries, cu_seqlens, needed_R)
+        queries = Queries(cu_seqlens, cu_seqlens, None, prefix, split)
+        last = queries if needed_R is None else _narrow(queries, cu_seqlens, needed_R if split is None else split.needed_rows)
         residual_TD: Tensor | None = None
         for i, layer in enumerate(self.layers):
             final = i == len(self.layers) - 1
@@ -216,4 +228,4 @@ def _narrow(queries: Queries, cu_seqlens: Tensor, needed_R: Tensor) -> Queries:
     """The same sequences asked by a sorted subset of their rows."""
     bounds = torch.searchsorted(needed_R, cu_seqlens.to(needed_R.dtype)).to(torch.int32)
     sequence = torch.searchsorted(cu_seqlens[1:].to(needed_R.dtype), needed_R, right=True)
-    return Queries(bounds, queries.cu_seqlens_k, needed_R - cu_seqlens[sequence], queries.prefix)
+    return Queries(bounds, queries.cu_seqlens_k, needed_R - cu_seqlens[sequence], queries.prefix, queries.split)

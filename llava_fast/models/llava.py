@@ -27,6 +27,7 @@ class Llava(nn.Module):
     image_mean, image_std, image_rescale: how uint8 views are normalised.
     Set by checkpoint.load, for those above: input_spec, what inputs need; generation_config; carried, tensors of the checkpoint that
     nothing runs; sidecar, its other files by name, saved back unchanged.
+    views_a_pass: in the tower without gradients; None: all of them, so that processes that share its weights make as many passes.
     looked_up: where it is a list, the embedding table has no gradient from the rows it gives: `embed` adds (ids, rows) to the list, and
     whoever made it adds the rows' gradients to the table's.
     """
@@ -41,6 +42,7 @@ class Llava(nn.Module):
         self.config = config
         self.carried, self.sidecar = {}, {}
         self.looked_up: list[tuple[Tensor, Tensor]] | None = None
+        self.views_a_pass: int | None = VIEWS_A_PASS
         self.image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
         self.image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
         self.image_rescale: float = 1 / 255
@@ -96,7 +98,8 @@ class Llava(nn.Module):
         if torch.is_grad_enabled() and (views.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())):
             return self.vision_tower(views, *options)
         with torch.no_grad():  # a frozen tower in training too: nothing of it is kept for a backward pass
-            return torch.cat([self.vision_tower(chunk, *options) for chunk in views.split(VIEWS_A_PASS)])
+            at_once = self.views_a_pass or max(1, views.shape[0])
+            return torch.cat([self.vision_tower(chunk, *options) for chunk in views.split(at_once)])
 
     def embed(self, batch: PackedBatch) -> Tensor:
         """The packed embedding buffer [T, D]: text rows looked up, visual rows written by the projector."""
@@ -123,8 +126,8 @@ class Llava(nn.Module):
     def hidden(self, batch: PackedBatch, cache: KVCache | None = None, embeds: Tensor | None = None) -> Tensor:
         """Last hidden states [R, D] of batch.needed_rows; writes keys and values to `cache` where one is given."""
         x_TD = self.embed(batch) if embeds is None else embeds
-        needed = None if batch.needed_rows.shape[0] == batch.num_tokens else batch.needed_rows
-        return self.language_model(x_TD, batch.positions, batch.cu_seqlens, batch.prefix, needed, cache)
+        needed = None if batch.needed_rows.shape[0] == batch.num_tokens and batch.split is None else batch.needed_rows
+        return self.language_model(x_TD, batch.positions, batch.cu_seqlens, batch.prefix, needed, cache, batch.split)
 
     def logits(self, hidden_RD: Tensor) -> Tensor:
         """[R, V], fp32 (fp64 for fp64 weights)."""

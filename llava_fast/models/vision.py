@@ -139,5 +139,5 @@ class VisionTower(nn.Module):
             if i in self.selected:
                 assert residual_TE is not None
                 states[i] = x_TE + residual_TE
-        features = [states[i].view(N, P, -1)[:, 1:] if self.drop_class else states[i].view(N, P, -1) for i in self.selected]
+        features = [states[i].unflatten(0, (N, P))[:, int(self.drop_class) :] for i in self.selected]  # N may be 0
         return features[0] if len(features) == 1 else torch.cat(features, dim=-1)

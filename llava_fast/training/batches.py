@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from torch import Tensor
 from llava_fast.batch import Features, PackedBatch, Sample, pack
 from llava_fast.inputs.packing import Packing, pack_rows
 from llava_fast.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from llava_fast.training.distributed import Share
 
 T = TypeVar("T")
 
@@ -142,17 +145,47 @@ def total_steps(data: Dataset, config: TrainConfig) -> int:
 
 
 def make_steps(
-    data: Dataset, config: TrainConfig, start: Position, on_bad: Callable[[str], None] | None = None
+    data: Dataset, config: TrainConfig, start: Position, on_bad: Callable[[str], None] | None = None, share: Share | None = None
 ) -> Generator[Step, None, None]:
     """Steps from `start` to the last epoch (for ever where max_steps is given), media decoded by `config.workers` threads.
 
     on_bad: called with the message of each sample that cannot be loaded, which is then left out of its row; None: it raises.
+    share: the part of every step that this rank runs; None: all of it.
     """
     with ThreadPoolExecutor(config.workers) as pool:
         rows = _rows(data, config, start)
         while taken := list(itertools.islice(rows, config.rows_per_step)):
-            made = [make_row(data, indices, pool, on_bad) for indices, _ in taken]
-            yield Step([row for row in made if row is not None], taken[-1][1])
+            yield Step(make_rows(data, [indices for indices, _ in taken], pool, on_bad, share), taken[-1][1])
+
+
+def make_rows(
+    data: Dataset, rows: Sequence[list[int]], pool: ThreadPoolExecutor, on_bad: Callable[[str], None] | None, share: Share | None
+) -> list[Row]:
+    """Those that can be loaded; with a share one a round, standing in where this rank has none."""
+    if share is None:
+        made = [make_row(data, indices, pool, on_bad) for indices in rows]
+        return [row for row in made if row is not None]
+    own = []
+    for taken in deal([share.cost(data.tokens[row], int(data.views[row].sum())) for row in rows], share.world):
+        pictures = any(data.views[rows[row]].any() for row in taken if row is not None)
+        mine = taken[share.rank]
+        own.append(share.fit(None if mine is None else make_row(data, rows[mine], pool, on_bad), pictures))
+    return own
+
+
+def deal(costs: list[float], world: int) -> list[list[int | None]]:
+    """Which row each rank runs in each round, None where there is none left.
+
+    Ranks wait for each other in every block of every round, so that a round takes as long as its costliest row: rows of like cost share
+    one. Every other round is dealt backwards, so that no rank has all of the larger ones.
+    """
+    order = sorted(range(len(costs)), key=lambda row: -costs[row])
+    rounds: list[list[int | None]] = []
+    for start in range(0, len(order), world):
+        taken: list[int | None] = [*order[start : start + world]]
+        taken += [None] * (world - len(taken))
+        rounds.append(taken[::-1] if len(rounds) % 2 else taken)
+    return rounds
 
 
 def make_row(data: Dataset, indices: Sequence[int], pool: ThreadPoolExecutor, on_bad: Callable[[str], None] | None) -> Row | None:

@@ -73,7 +73,7 @@ class Run:
             state.update(plain["optimizer"].get(name, {}))
         tensors = {name: tensor for name, tensor in self._tensors(ranks.rank).items() if name in stored}
         with _quiet():
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), process_group=ranks.control, no_dist=ranks.world == 1)
+            dcp.load(tensors, storage_reader=dcp.FileSystemReader(path), no_dist=ranks.world == 1)
         for name, tensor in tensors.items():
             if name.startswith("rng."):
                 (torch.cuda if ".cuda." in name else torch).set_rng_state(tensor)
@@ -125,7 +125,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict[
     try:
         writer = dcp.FileSystemWriter(partial, single_file_per_rank=True, sync_files=True)
         with _quiet():
-            dcp.save(tensors, storage_writer=writer, process_group=ranks.control, no_dist=ranks.world == 1)
+            dcp.save(tensors, storage_writer=writer, no_dist=ranks.world == 1)
         if ranks.first:
             with (partial / "state.json").open("w") as file:
                 file.write(json.dumps(plain))

@@ -129,6 +129,10 @@ class TrainConfig:
     feature_cache: str | None = None  # ours
     feature_cache_gb: float | None = None  # ours
 
+    # Several processes (docs/training.md, section 6); all ours.
+    sequence_parallel: int = 1  # processes that share each row
+    collective_timeout: int = 1800  # seconds after which a process gives up on another
+
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, (str, os.PathLike)) else self.data
         paths = isinstance(data, (list, tuple)) and all(isinstance(path, (str, os.PathLike)) for path in data)
@@ -169,7 +173,17 @@ class TrainConfig:
         for name in ("resume", "progress", "tensorboard", "wandb"):
             require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
         require(isinstance(self.inputs, InputOptions), "inputs", self.inputs, "InputOptions or a mapping of their fields")
-        for name in ("epochs", "tokens_per_row", "rows_per_step", "packing_window", "keep", "log_every", "workers", "spike_window"):
+        for name in (
+            "epochs",
+            "tokens_per_row",
+            "rows_per_step",
+            "packing_window",
+            "keep",
+            "log_every",
+            "workers",
+        ):
+            require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
+        for name in ("spike_window", "sequence_parallel", "collective_timeout"):
             require(_whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1")
         for name in ("max_steps", "views_per_row", "save_every", "validate_every"):
             require(getattr(self, name) is None or _whole(getattr(self, name), 1), name, getattr(self, name), "an integer >= 1 or None")

@@ -11,17 +11,11 @@ from types import TracebackType
 from typing import Any
 from zlib import crc32
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llava_fast.config import LlavaConfig
-from llava_fast.training.batches import Row
 from llava_fast.training.config import TrainConfig
-
-# Dense bf16 TFLOP/s by the maker's data sheets, by what the device's name holds; the first that fits.
-PEAKS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "A10": 125}
 
 
 @dataclass(frozen=True)
@@ -75,14 +69,6 @@ class StepMetrics:
         return values if self.mfu is None else {**values, "speed/mfu": self.mfu}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 arithmetic of a device a second; None for one that is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAKS.items() if part in name), None)
-
-
 def memory_held(device: torch.device) -> int:
     """Bytes: the most that was allocated on a GPU; of a CPU run the process's own memory now, without files that are mapped (Linux)."""
     if device.type == "cuda":
@@ -92,30 +78,6 @@ def memory_held(device: torch.device) -> int:
             return next(int(line.split()[1]) for line in file if line.startswith("RssAnon:")) * 1024
     except OSError:
         return 0
-
-
-def row_flops(config: LlavaConfig, lengths: np.ndarray, views: int, labels: int) -> tuple[float, float]:
-    """Multiplications and additions of a forward pass over sequences of these lengths: (tower, projector and decoder)."""
-    vision, decoder = config.vision, config.decoder
-    queries, keys = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    weights = decoder.width * (2 * queries + 2 * keys + 3 * decoder.mlp_width)
-    attention = 2.0 * queries * float((np.asarray(lengths, dtype=np.float64) ** 2).sum())  # half of the square is seen
-    rest = decoder.layers * (2.0 * weights * float(np.sum(lengths)) + attention) + 2.0 * labels * decoder.width * decoder.vocab_size
-    E, P = vision.width, vision.positions
-    tower = config.executed_layers * P * (2.0 * (4 * E * E + 2 * E * vision.mlp_width) + 4.0 * P * E)
-    projector = 2.0 * P * (E * len(config.feature_layers) * decoder.width + decoder.width**2)
-    return views * tower, rest + views * projector
-
-
-def step_flops(config: LlavaConfig | None, rows: Iterable[Row], tower_trained: bool) -> float:
-    """An estimate of a step's arithmetic, backward pass (twice the forward one) included; 0 for a model that is not ours."""
-    total = 0.0
-    for row in rows if isinstance(config, LlavaConfig) else ():
-        assert config is not None
-        views = 0 if row.batch.views is None else row.batch.views.shape[0]
-        tower, rest = row_flops(config, row.batch.cu_seqlens.diff().numpy(), views, row.batch.labels.shape[0])
-        total += (3 if tower_trained else 1) * tower + 3 * rest
-    return total
 
 
 class Report:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from llava_fast.training.batches import Row
 from llava_fast.training.config import TrainConfig
@@ -182,25 +183,30 @@ def train_step(
     clip: float | None,
     device: torch.device | str,
     objective: Objective,
+    weight: float | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """One optimiser step; returns (loss, gradient norm before clipping, what else the objective reports), 0-d tensors on the device.
 
     loss = sum of the rows' losses / weight of the whole step (its labels), so that how the samples are spread over rows changes nothing.
+    weight: of the rows of all ranks, whose gradients the backward pass sums; the loss is this rank's part of it. None: of these rows.
+    Rows without samples only stand in: they run, and add nothing.
     """
-    weight = sum(objective.weight(row) for row in rows)
+    weight = sum(objective.weight(row) for row in rows) if weight is None else weight
     loss = torch.zeros((), device=device)
     others: dict[str, Tensor] = {}
     for row in rows:
+        counts = 1.0 if row.indices else 0.0
         with _rows_apart(model, trained):
             row_sum, sums = objective(model, row.to(device))
-            row_loss = row_sum / weight
+            row_loss = row_sum / weight * counts
             if row_loss.requires_grad:  # not where the decoder is frozen and the row has no picture
                 row_loss.backward()
         loss += row_loss.detach()
         for name, value in sums.items():
-            others[name] = others.get(name, 0) + value.detach() / weight
+            others[name] = others.get(name, 0) + value.detach() / weight * counts
     with_gradient = [master for master in trained.masters.values() if master.grad is not None]
     norm = torch.nn.utils.get_total_norm([master.grad for master in with_gradient if master.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(with_gradient, clip, norm)
     set_lr(optimizer, factor)

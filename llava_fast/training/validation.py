@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 
 from llava_fast.inputs.packing import pack_rows
-from llava_fast.training.batches import Dataset, Row, ahead, make_row, scenario_of
+from llava_fast.training.batches import Dataset, Row, ahead, make_rows, scenario_of
 from llava_fast.training.config import TrainConfig
+from llava_fast.training.distributed import Ranks, Share
 from llava_fast.training.step import Objective
 
 
@@ -28,6 +30,8 @@ class Validation:
     rows: list[tuple[str, list[int]]]
     config: TrainConfig
     on_bad: Callable[[str], None] | None
+    ranks: Ranks
+    share: Share | None
     objective: Objective | None = None
 
     @torch.no_grad()
@@ -36,22 +40,31 @@ class Validation:
         training, objective = model.training, self.objective or objective
         model.eval()
         sums = {scenario: [0.0, 0.0] for scenario, _ in self.rows}
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(ahead(self._made())) as rows:
-            for scenario, row in rows:
-                if row is not None:
-                    sums[scenario][0] += objective(model, row.to(device))[0].item()
-                    sums[scenario][1] += objective.weight(row)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(ahead(self._made())) as made:
+            for scenario, rows in made:
+                for row in rows:
+                    loss = objective(model, row.to(device))[0].item()
+                    if row.indices:
+                        sums[scenario][0] += loss
+                        sums[scenario][1] += objective.weight(row)
         model.train(training)
+        sums = {scenario: self.ranks.total(*own) for scenario, own in sums.items()}
         sums["all"] = [sum(column) for column in zip(*sums.values(), strict=True)]
         return {scenario: loss / weight for scenario, (loss, weight) in sums.items() if weight}
 
-    def _made(self) -> Generator[tuple[str, Row | None], None, None]:
+    def _made(self) -> Generator[tuple[str, list[Row]], None, None]:
+        """As many rows at a time as are run at once."""
+        at_once = 1 if self.share is None else self.share.world
         with ThreadPoolExecutor(self.config.workers) as pool:
-            for scenario, indices in self.rows:
-                yield scenario, make_row(self.data, indices, pool, self.on_bad)
+            for scenario, own in itertools.groupby(self.rows, key=lambda row: row[0]):
+                rows = [indices for _, indices in own]
+                for start in range(0, len(rows), at_once):
+                    yield scenario, make_rows(self.data, rows[start : start + at_once], pool, self.on_bad, self.share)
 
 
-def plan_validation(data: Dataset, config: TrainConfig, on_bad: Callable[[str], None] | None = None) -> Validation:
+def plan_validation(
+    data: Dataset, config: TrainConfig, on_bad: Callable[[str], None] | None, ranks: Ranks, share: Share | None
+) -> Validation:
     """Pack each scenario's samples. Raises ValueError where there are none."""
     if not len(data.tokens):
         raise ValueError(f"no record of validation_data ({', '.join(config.validation_data)}) can be validated on")
@@ -72,4 +85,4 @@ def plan_validation(data: Dataset, config: TrainConfig, on_bad: Callable[[str], 
             too_long="skip",
         )
         rows += [(scenario, [int(chosen[i]) for i in row]) for row in packed.rows]
-    return Validation(data, rows, config, on_bad)
+    return Validation(data, rows, config, on_bad, ranks, share)
