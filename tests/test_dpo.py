@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -300,6 +301,45 @@ def test_a_stopped_run_keeps_its_reference(checkpoints, folder, tmp_path):
     assert lf.train(fields(checkpoints["qwen"], data, tmp_path / "b", **changes)).losses == whole.losses
 
 
+def test_another_model_or_other_inputs_get_a_reference_of_their_own(checkpoints, folder, tmp_path):
+    """In the same output_dir: an untrained policy is its own reference, so its first loss says whose that is."""
+    data = write(folder, PAIRS)
+    for directory, changes in (
+        (checkpoints["qwen"], {}),
+        (checkpoints["qwen_untied"], {}),
+        (checkpoints["qwen_untied"], {"image_aspect": "pad"}),
+    ):
+        settings = fields(directory, data, tmp_path / "out", max_steps=1, save_every=None, inputs=changes)
+        assert lf.train(settings).losses[0] == pytest.approx(math.log(2), rel=1e-6)
+        for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+
+def test_pairs_that_could_not_be_read_are_tried_again(checkpoints, folder, tmp_path):
+    config = as_config(fields(checkpoints["qwen"], write(folder, PAIRS), tmp_path, on_bad_record="skip"))
+    model = lf.load(checkpoints["qwen"], dtype=torch.float32)
+    data = index_pairs(config, model.input_spec)
+    load, data.load = data.load, lambda index: load(index) if index else (_ for _ in ()).throw(ValueError("not now"))  # type: ignore[method-assign]
+    first = reference_logps(model, data, config, torch.device("cpu"))
+    assert first[0].isnan().all() and first[1:].isfinite().all()
+    data.load = load  # type: ignore[method-assign]
+    assert reference_logps(model, data, config, torch.device("cpu")).isfinite().all()
+
+
+def test_the_reference_pass_draws_nothing(checkpoints, folder, tmp_path):
+    """Dropout of adapters is for training, and a run whose reference is there already draws the same masks."""
+    options = {"lora": {"r": 2, "dropout": 0.5}, "lr_projector": 1e-4, "max_steps": 2, "save_every": None}
+    config = as_config(fields(checkpoints["qwen"], write(folder, PAIRS), tmp_path, **options))
+    model = lf.load(checkpoints["qwen"], dtype=torch.float32)
+    attach(model, config.lora)
+    model.train()
+    torch.manual_seed(3)
+    reference_logps(model, index_pairs(config, model.input_spec), config, torch.device("cpu"))
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3)) and model.training
+
+
 def test_metrics_are_reported(checkpoints, folder, tmp_path):
     seen = []
     settings = fields(checkpoints["qwen"], write(folder, PAIRS), tmp_path, max_steps=12, lr=1e-3)
@@ -313,6 +353,11 @@ def test_metrics_are_reported(checkpoints, folder, tmp_path):
 # --- what is refused ---
 
 
+def talk(*texts):
+    """An answer of several turns, as messages."""
+    return [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
 @pytest.mark.parametrize(
     "entry, message",
     [
@@ -324,6 +369,8 @@ def test_metrics_are_reported(checkpoints, folder, tmp_path):
         ({**PAIRS[3], "prompt": [{"role": "user", "content": [5]}]}, "a message of prompt has a role and a content"),
         ({**PAIRS[3], "prompt": [{"content": "a"}]}, "a message of prompt has a role and a content"),
         ({**PAIRS[0], "images": ["0.png"]}, "has both 'image' and 'images'"),
+        ({**PAIRS[3], "chosen": talk("A", "B", "C"), "rejected": talk("X", "B", "C")}, "must be one answer each, to the same conversation"),
+        ({**PAIRS[3], "chosen": talk("A"), "rejected": talk("A", "B", "C")}, "must be one answer each, to the same conversation"),
         ({**PAIRS[0], "prompt": f"{MARK}{MARK}"}, "2 <image> marks but 1 pictures"),
         ({**PAIRS[0], "image": "none.png"}, "none.png"),
         ({**PAIRS[3], "prompt": "What are these? " * 200}, "more than tokens_per_row 400"),

@@ -266,6 +266,27 @@ def test_adapters_of_peft_are_read(directory, tmp_path):
     save_adapter(model, tmp_path / "again", LoraOptions(r=3, alpha=5), str(directory))
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_adapters_of_tower_and_projector_are_not_lost(checkpoints, tmp_path, targets):
+    hf = LlavaForConditionalGeneration.from_pretrained(checkpoints["qwen"], dtype=torch.float32)
+    twin = peft.get_peft_model(hf, peft.LoraConfig(r=2, lora_alpha=4, target_modules=targets)).eval()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.05)
+    assert any("vision_tower" in name and "lora" in name for name, _ in twin.named_parameters())
+    twin.peft_config["default"].base_model_name_or_path = str(checkpoints["qwen"])
+    twin.save_pretrained(tmp_path)
+    model = lf.load(tmp_path, dtype=torch.float32)
+    assert not adapters(model)
+    config = model.config
+    ids = torch.tensor([[config.image_token_id] * config.patches + [5, 6, 7]])
+    pixels = torch.randn(1, 3, config.vision.image_size, config.vision.image_size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        same(model(input_ids=ids, pixel_values=pixels).logits, twin(input_ids=ids, pixel_values=pixels).logits)
+    model.save_pretrained(tmp_path / "whole")
+
+
 def test_merged_models_are_saved_and_adapters_alone_are_not(checkpoints, tmp_path):
     model = adapted(checkpoints["llama"])
     expected = model(input_ids=IDS).logits

@@ -96,6 +96,13 @@ def test_a_video_mark_is_an_image_mark(folder):
     assert load_one(folder, talk("<video>\nWhat?", video="clip.mp4")).turns[0].text == "<image>\nWhat?"
 
 
+def test_a_video_tag_elsewhere_is_text(folder):
+    page, tag = "Make this page, with a <video> tag.", "<html><video></video></html>"
+    assert [turn.text for turn in load_one(folder, talk(page, tag)).turns] == [page, tag]
+    assert [turn.text for turn in load_one(folder, talk(page, tag, image="a.png")).turns] == [f"<image>\n{page}", tag]
+    assert load_one(folder, talk("<video>\nWhat?", tag, video="clip.mp4")).turns[1].text == tag
+
+
 REVERSED = {"id": "x1", "conversations": [{"from": "gpt", "value": "A"}, {"from": "human", "value": "Q"}]}
 
 

@@ -104,6 +104,7 @@ def test_braces_ranges_and_wild_cards(tmp_path):
 
     assert names("part{1,2}.json") == ["part1.json", "part2.json"]
     assert names("x-{08..10}.json") == ["x-08.json", "x-09.json", "x-10.json"]
+    assert names("x-{10..08}.json") == ["x-10.json", "x-09.json", "x-08.json"]
     assert names("x-*.json") == ["x-08.json", "x-09.json", "x-10.json"]
     (tmp_path / "mix.yaml").write_text("datasets: [{json_path: 'part{1,2}.json', sampling_strategy: 'first:1'}, {json_path: x-08.json}]")
     assert [(s.path.name, s.strategy) for s in find_sources([tmp_path / "mix.yaml"])] == [

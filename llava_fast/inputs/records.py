@@ -160,7 +160,7 @@ def check_record(entry: Any, where: str, folder: Path) -> Record:
     for path in paths:
         if not (isinstance(path, Packed) or os.path.isfile(path) or (is_video and os.path.isdir(path))):
             raise BadRecord(f"{where}: no file {path}", "missing file", path)
-    turns = _place_marks(_turns(entry, where), len(names), where)
+    turns = _place_marks(_turns(entry, where), len(names), is_video, where)
     lasting = tuple(_lasting(name) for name in names)
     return Record(where, turns, () if is_video else paths, paths[0] if is_video else None, lasting, dataset_name(entry))
 
@@ -245,14 +245,15 @@ def _turns(entry: dict, where: str) -> list[Turn]:
     return turns
 
 
-def _place_marks(turns: Sequence[Turn], media: int, where: str) -> tuple[Turn, ...]:
+def _place_marks(turns: Sequence[Turn], media: int, is_video: bool, where: str) -> tuple[Turn, ...]:
     """Marks where the model will see them, and exactly one a medium.
 
     As upstream: the only mark of a turn goes to its start, on a line of its own; two or more stay where they are. <video> is
-    read as <image>. Unlike upstream, which trains such a record without its pictures: where no turn has a mark, all marks go in
-    front of the first question.
+    read as <image> in the questions of a record with a video, and is text elsewhere (it is a tag of HTML). Unlike upstream, which trains
+    such a record without its pictures: where no turn has a mark, all marks go in front of the first question.
     """
-    texts = [turn.text.replace("<video>", MARK).replace(NOISE, "") for turn in turns]
+    texts = [turn.text.replace("<video>", MARK) if is_video and turn.role == "user" else turn.text for turn in turns]
+    texts = [text.replace(NOISE, "") for text in texts]
     for number, (turn, text) in enumerate(zip(turns, texts, strict=True)):
         if turn.role != "user" and MARK in text:
             raise BadRecord(f"{where}: turn {number} ({turn.role}) has an {MARK} mark; only questions hold pictures", "marks and pictures")

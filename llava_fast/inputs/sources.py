@@ -135,7 +135,9 @@ def _braces(pattern: str) -> list[str]:
         return [pattern]
     ends = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if ends:
-        options = [str(number).zfill(len(ends[1])) for number in range(int(ends[1]), int(ends[2]) + 1)]
+        first, last = int(ends[1]), int(ends[2])
+        step = 1 if first <= last else -1  # as a shell counts
+        options = [str(number).zfill(len(ends[1])) for number in range(first, last + step, step)]
     else:
         options = [option.strip() for option in match[1].split(",")]
     return [name for option in options for name in _braces(pattern[: match.start()] + option + pattern[match.end() :])]

@@ -233,6 +233,8 @@ class PackingCollator:
         self.template: Template = template
         self.media_folder = media_folder
         self.inputs = inputs or InputOptions()
+        if self.inputs.pool is not None or self.inputs.anyres:
+            raise ValueError("pool and anyres are not for a transformers model, which has a placeholder for each of a view's features")
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         made = [self._make(sample, f"sample {number} of the batch") for number, sample in enumerate(samples)]
@@ -276,7 +278,8 @@ class PackingCollator:
             raise ValueError(f"{where}: {error}") from error
         visuals = prepared.sample.visuals if prepared is not None else ()
         counts = [len(visuals)] if request.videos else [1] * len(visuals)
-        made = encode_turns(turns, self.template, self.spec.tokenizer, self.spec.image_token_id, counts, self.spec.chat_template)
+        image, keep = self.spec.image_token_id, self.inputs.keep_order
+        made = encode_turns(turns, self.template, self.spec.tokenizer, image, counts, self.spec.chat_template, keep)
         wide = splice(made.ids, visuals, self.spec.image_token_id, made.labels)
         assert wide.labels is not None
         for visual, start in zip(wide.visuals, wide.starts, strict=True):

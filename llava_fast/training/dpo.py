@@ -117,30 +117,35 @@ def reference_logps(
     """`pair_logps` of every pair under the model as it is, fp32 [pairs, 2]; kept in output_dir under `name`, from which a run that was
     stopped goes on. Pairs that cannot be read stay NaN. fill: what a row is passed through before the model sees it."""
     file = Path(config.output_dir) / name
-    identity = f"{len(data.tokens)} pairs, contents {data.fingerprint:08x}, model {weights_fingerprint(model.named_parameters())}"
+    made_of = (config.template, config.inputs, config.precision, config.lora and config.lora.base)
+    identity = (
+        f"{len(data.tokens)} pairs, contents {data.fingerprint:08x}, {made_of}, model {weights_fingerprint(model.named_parameters())}"
+    )
     logps, done = torch.full((len(data.tokens), 2), torch.nan), 0
     settings = dataclasses.replace(config, epochs=1, max_steps=None, rows_per_step=1)
     rows = len(plan_epoch(data, settings, 0).rows)
     if file.is_file():
         state = torch.load(file, weights_only=True)
-        if state["rows"] == state["done"] and state["pairs"] == identity.partition(", model")[0]:
-            return state["logps"]  # the model may have been trained since
-        if state["identity"] == identity and state["rows"] == rows:
+        unread = state["done"] == rows and bool(state["logps"].isnan().any())  # those may be readable by now
+        if state["identity"] == identity and state["rows"] == rows and not unread:
             logps, done = state["logps"], state["done"]
 
     def save() -> None:
-        state = {"identity": identity, "pairs": identity.partition(", model")[0], "rows": rows, "done": done, "logps": logps}
-        torch.save(state, partial := file.with_suffix(f".{os.getpid()}"))  # ranks write the same
-        os.replace(partial, file)
+        torch.save({"identity": identity, "rows": rows, "done": done, "logps": logps}, partial := file.with_suffix(f".{os.getpid()}"))
+        os.replace(partial, file)  # ranks write the same
 
     saved = time.monotonic()
-    for step in make_steps(data, settings, Position(0, done), (lambda message: None) if config.on_bad_record == "skip" else None):
-        for row in step.rows:
-            row = row.to(device)
-            logps[list(row.indices)] = pair_logps(model, row if fill is None else fill(model, row)).float().cpu()
-        done = step.after.row if step.after.epoch == 0 else rows
-        if time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
+    training = model.training
+    model.eval()  # nothing is dropped, and nothing drawn: a run whose reference is there already draws the same as this one
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        for step in make_steps(data, settings, Position(0, done), (lambda message: None) if config.on_bad_record == "skip" else None):
+            for row in step.rows:
+                row = row.to(device)
+                logps[list(row.indices)] = pair_logps(model, row if fill is None else fill(model, row)).float().cpu()
+            done = step.after.row if step.after.epoch == 0 else rows
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+    model.train(training)
     save()
     return logps

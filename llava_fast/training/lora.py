@@ -73,14 +73,18 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def merge(model: Llava) -> None:
     """W + scale B A in place of W, in fp32 and rounded to W's dtype, and no adapters any more. Raises ValueError over quantised weights."""
-    for name, linear in decoder_linears(model):
-        if linear.lora is None:
-            continue
-        if isinstance(linear.weight, Quantised):
-            raise ValueError(f"{name} is quantised: load the base model anew, without that, and merge the saved adapter into it")
-        lora = linear.lora
-        linear.weight.copy_(linear.weight.float() + lora.B.float() @ lora.A.float() * lora.scale)
-        linear.lora = None
+    for name, linear in model.named_modules():  # peft's may be on the tower too
+        if isinstance(linear, Linear) and linear.lora is not None:
+            _merge(name, linear)
+
+
+def _merge(name: str, linear: Linear) -> None:
+    lora = linear.lora
+    assert lora is not None
+    if isinstance(linear.weight, Quantised):
+        raise ValueError(f"{name} is quantised: load the base model anew, without that, and merge the saved adapter into it")
+    linear.weight.copy_(linear.weight.float() + lora.B.float() @ lora.A.float() * lora.scale)
+    linear.lora = None
 
 
 def save_adapter(model: Llava, directory: str | os.PathLike, options: LoraOptions, base: str) -> None:
@@ -187,6 +191,8 @@ def load_adapter(model: Llava, directory: str | os.PathLike) -> None:
         adapter.A.copy_(pair["A"])
         adapter.B.copy_(pair["B"])
         linears[name].lora = adapter
+        if name.startswith(PROJECTOR):  # whose op takes its matrices, and would not see an adapter
+            _merge(name, linears[name])
 
 
 def _read(file: Path) -> dict[str, Tensor]:

@@ -93,6 +93,8 @@ def index_pairs(config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], No
             where = f"{path}, record {number}" + ("" if name is None else f" (id {shown(name)})")
             try:
                 sides = check_pair(entry, where, folder, config.dpo is not None and config.dpo.upstream)
+                if sides[0].turns[:-1] != sides[1].turns[:-1]:
+                    raise ValueError(f"{where}: chosen and rejected must be one answer each, to the same conversation")
                 visuals = media_layouts(sides[0], config.inputs, spec)
                 pair = encode_pair(sides, len(visuals), config, spec)
                 sizes = _sizes(pair, visuals, where, config, spec)

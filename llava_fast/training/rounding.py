@@ -8,8 +8,10 @@ The random bits follow from the seed, the parameter's place and its step alone, 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -18,10 +20,10 @@ CHUNK = 1 << 24  # values in fp32 at a time
 
 
 def round_(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """Write fp32 values to a bf16 tensor, each to one of its two neighbours, with the value itself as the mean. Infinities stay."""
+    """Write fp32 values to a bf16 tensor, each to one of its two neighbours, with the value itself as the mean. What is not finite stays."""
     noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
-    bits = value.view(torch.int32).add_(noise).bitwise_and_(-(1 << 16))
-    target.copy_(bits.view(torch.float32))
+    bits = (value.view(torch.int32) + noise).bitwise_and_(-(1 << 16))
+    target.copy_(torch.where(value.isfinite(), bits.view(torch.float32), value))  # the noise would make a zero of some NaNs
 
 
 class RoundedAdamW(torch.optim.Optimizer):
@@ -51,7 +53,9 @@ class RoundedAdamW(torch.optim.Optimizer):
         (beta1, beta2), lr = group["betas"], group["lr"]
         tensors = [_own(tensor) for tensor in (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])]
         generator = torch.Generator(tensors[0].device)
-        generator.manual_seed((self.seed * 1_000_003 + place) * 1_000_003 + step)
+        generator.manual_seed(
+            crc32(struct.pack("<3q", self.seed, place, step)) << 31 | crc32(struct.pack("<3q", step, self.seed, place)) >> 1
+        )
         for weight, grad, mean, square in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
             g, m, v, w = grad.float(), mean.float(), square.float(), weight.float()
             m.lerp_(g, 1 - beta1)

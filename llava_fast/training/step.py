@@ -75,7 +75,7 @@ def prepare_parameters(model: nn.Module, config: TrainConfig, precision: str) ->
     'bf16_pure' the model itself is the master.
     Raises ValueError when nothing is left to train, and for checkpointing or compile with a model that has no blocks.
     """
-    adapted = any(is_adapter(name) for name, _ in model.named_parameters())
+    adapted = any(is_adapter(name) and part_of(name) == "decoder" for name, _ in model.named_parameters())
     for name, parameter in model.named_parameters():
         frozen = adapted and part_of(name) == "decoder" and not is_adapter(name)
         parameter.requires_grad_(config.part_lr(part_of(name)) is not None and not frozen)
