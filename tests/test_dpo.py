@@ -328,7 +328,7 @@ def test_pairs_that_could_not_be_read_are_tried_again(checkpoints, folder, tmp_p
 
 def test_the_reference_pass_draws_nothing(checkpoints, folder, tmp_path):
     """Dropout of adapters is for training, and a run whose reference is there already draws the same masks."""
-    options = {"lora": {"r": 2, "dropout": 0.5}, "lr_projector": 1e-4, "max_steps": 2, "save_every": None}
+    options = {"lora": {"r": 2, "dropout": 0.5}, "lr_vision_tower": "frozen", "max_steps": 2}
     config = as_config(fields(checkpoints["qwen"], write(folder, PAIRS), tmp_path, **options))
     model = lf.load(checkpoints["qwen"], dtype=torch.float32)
     attach(model, config.lora)

@@ -20,7 +20,7 @@ CHUNK = 1 << 24  # values in fp32 at a time
 
 
 def round_(target: Tensor, value: Tensor, generator: torch.Generator) -> None:
-    """Write fp32 values to a bf16 tensor, each to one of its two neighbours, with the value itself as the mean. What is not finite stays."""
+    """Write fp32 values to a bf16 tensor, each to one of its two neighbours, itself as the mean. What is not finite stays."""
     noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
     bits = (value.view(torch.int32) + noise).bitwise_and_(-(1 << 16))
     target.copy_(torch.where(value.isfinite(), bits.view(torch.float32), value))  # the noise would make a zero of some NaNs
