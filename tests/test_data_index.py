@@ -223,6 +223,14 @@ def test_media_that_changed_after_indexing_are_named(folder, spec):
         frames.load(2)
 
 
+def test_sizes_are_part_of_what_a_run_knows_its_data_by(folder, spec):
+    """A picture of another shape takes other tiles: no id or label changes, but where records lie in an epoch's rows does."""
+    before = index_records(config(folder, inputs={"anyres": True}), spec)
+    Image.new("RGB", (500, 40)).save(folder / "0.png")
+    after = index_records(config(folder, inputs={"anyres": True}, index_dir=str(folder.parent / "again")), spec)
+    assert before.tokens[0] != after.tokens[0] and before.fingerprint != after.fingerprint
+
+
 # --- how it is written ---
 
 

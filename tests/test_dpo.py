@@ -22,7 +22,7 @@ from llava_fast.training.batches import Position, Row, make_steps
 from llava_fast.training.config import as_config
 from llava_fast.training.dpo import PreferenceLoss, pair_labels, pair_logps, reference_logps
 from llava_fast.training.loop import fit
-from llava_fast.training.lora import attach
+from llava_fast.training.lora import adapters, attach
 from llava_fast.training.options import DpoOptions
 from llava_fast.training.preferences import check_pair, encode_pair, index_pairs
 from llava_fast.training.step import decays, lr_factor, part_of, prepare_parameters
@@ -332,12 +332,17 @@ def test_the_reference_pass_draws_nothing(checkpoints, folder, tmp_path):
     config = as_config(fields(checkpoints["qwen"], write(folder, PAIRS), tmp_path, **options))
     model = lf.load(checkpoints["qwen"], dtype=torch.float32)
     attach(model, config.lora)
+    with torch.no_grad():
+        for adapter in adapters(model):
+            adapter.B.normal_(std=0.1)
     model.train()
+    pairs = index_pairs(config, model.input_spec)
     torch.manual_seed(3)
-    reference_logps(model, index_pairs(config, model.input_spec), config, torch.device("cpu"))
+    first = reference_logps(model, pairs, config, torch.device("cpu"), name="first.pt")
     drawn = torch.rand(3)
+    second = reference_logps(model, pairs, config, torch.device("cpu"), name="second.pt")
     torch.manual_seed(3)
-    assert torch.equal(drawn, torch.rand(3)) and model.training
+    assert torch.equal(drawn, torch.rand(3)) and torch.equal(first, second) and model.training
 
 
 def test_metrics_are_reported(checkpoints, folder, tmp_path):
