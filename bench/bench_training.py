@@ -6,8 +6,8 @@ RssAnon. Before anything counts, the losses of the sides must agree, step for st
 
     pytest bench/bench_training.py --benchmark-only -k "padding_free and 4layers and 2407" --record training_2407
 
-Parts of two to eight minutes on two cores: "padding_free and 4layers and 2407", the same with 5523 and with 12layers, "operations", and
-"test_padded", which wants 16 GB.
+Parts of two to eight minutes on two cores: "padding_free and 4layers and 2407", the same with 5523 and with 12layers, "operations",
+"preferences", and "test_padded", which wants 16 GB.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def command(side: str, checkpoint: Path, row: str, steps: int = STEPS) -> list[s
     return ["-m", "bench.training_steps", side, str(checkpoint), row, str(steps)]
 
 
-def check_losses(runs: dict[str, list[Measured]]) -> None:
+def check_losses(runs: dict[str, list[Measured]], reference: str) -> None:
     """Every process takes the same steps; weights of different orders of summation drift apart by less than this in four."""
-    expected = runs["llava_fast"][0].report["losses"]
+    expected = runs[reference][0].report["losses"]
     for side, measured in runs.items():
         for run in measured:
             assert run.report["losses"] == pytest.approx(expected, rel=1e-4), (
@@ -56,10 +56,13 @@ def check_losses(runs: dict[str, list[Measured]]) -> None:
 
 def compare(name: str, baseline: str, checkpoint: Path, row: str, rounds: int, steps: int, benchmark: Any, record_row: Any) -> None:
     commands = {side: command(side, checkpoint, row, steps) for side in (baseline, "llava_fast")}
-    env = {"PYTHONPATH": os.getcwd()}
-    runs = benchmark.pedantic(lambda: run_in_turns(commands, rounds, env=env), rounds=1)
-    check_losses(runs)
-    ours, theirs = runs["llava_fast"], runs[baseline]
+    in_turns(name, commands, baseline, "llava_fast", rounds, benchmark, record_row)
+
+
+def in_turns(name: str, commands: Any, baseline: str, side: str, rounds: int, benchmark: Any, record_row: Any) -> None:
+    runs = benchmark.pedantic(lambda: run_in_turns(commands, rounds, env={"PYTHONPATH": os.getcwd()}), rounds=1)
+    check_losses(runs, side)
+    ours, theirs = runs[side], runs[baseline]
     measured = {"name": name, "device": "cpu", "rounds": rounds, "tokens": ours[0].report["tokens"]}
     for key, unit in (("step_s", "step_s"), ("anon", "anon_bytes")):
         measured[f"ours_{unit}"], measured[f"baseline_{unit}"] = median_of(ours, key), median_of(theirs, key)
@@ -83,6 +86,12 @@ def test_padded(checkpoint: Any, benchmark: Any, record_row: Any) -> None:
 def test_padding_free(layers: int, row: str, checkpoint: Any, benchmark: Any, record_row: Any) -> None:
     rounds = 1 if layers == 12 and row == "5523" else ROUNDS
     compare(f"training_padding_free_{row}_{layers}layers", "padding_free", checkpoint(layers), row, rounds, STEPS, benchmark, record_row)
+
+
+def test_preferences(checkpoint: Any, benchmark: Any, record_row: Any) -> None:
+    """A pair with 8 pictures: prompt and pictures once in the row, against both conversations whole."""
+    commands = {side: ["-m", "bench.preference_steps", side, str(checkpoint(4)), str(STEPS)] for side in ("apart", "shared")}
+    in_turns("preferences_8_pictures_4layers", commands, "apart", "shared", ROUNDS, benchmark, record_row)
 
 
 def test_operations(checkpoint: Any, benchmark: Any, record_row: Any, limits: Any) -> None:
