@@ -226,17 +226,22 @@ def check(
     else:
         for table in tables(summary):
             Console().print(table)
-        if summary.rows is not None:
-            notes.print(
-                f"{summary.rows:,} rows of {config.tokens_per_row:,} tokens an epoch, {summary.fill:.1%} full; index in {summary.index}"
-            )
+        for whose, found in summary.parts:
+            if found.rows is not None:
+                where = "" if found.index is None else f"; index in {found.index}"
+                notes.print(
+                    f"{whose}{found.rows:,} rows of {config.tokens_per_row:,} tokens an epoch, {found.fill:.1%} full{where}",
+                    markup=False,
+                    soft_wrap=True,
+                )
         if spec is None:
             notes.print("no --model: tokens were not counted")
     if summary.stopped:
         notes.print(f"stopped before the end; {out}/faults.jsonl holds the faults found so far", markup=False, soft_wrap=True)
         raise typer.Exit(130)
-    if summary.faults:
-        notes.print(f"{summary.faults:,} faults, each with file and record in {out}/faults.jsonl", markup=False, soft_wrap=True)
+    faults = sum(found.faults for _, found in summary.parts)
+    if faults:
+        notes.print(f"{faults:,} faults, each with file and record in {out}/faults.jsonl", markup=False, soft_wrap=True)
         raise typer.Exit(1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
@@ -16,6 +17,7 @@ from llava_fast import checkpoint
 from llava_fast.cli import main
 from llava_fast.training.check import check_data, read_settings
 from llava_fast.training.dataset import index_records
+from llava_fast.training.preferences import index_pairs
 
 
 def talk(name, *turns, **fields):
@@ -145,13 +147,144 @@ def test_the_index_of_a_check_is_the_one_that_training_finds(recipe, m4_folder, 
     command(recipe, "--out", m4_folder / "check", "--json")
     found = json.loads(capsys.readouterr().out)
     config, spec = read_settings(recipe)
-    monkeypatch.setattr("llava_fast.training.index.examine_all", None)
-    said = []
-    data = index_records(config, spec, said.append)
-    assert str(data.records.folder) == found["index"] and len(said) == len(FAULTS) and len(data.records) == 4
-    assert sum(group["tokens"] for group in found["scenarios"].values()) == data.tokens.sum()
-    assert sum(group["labels"] for group in found["scenarios"].values()) == data.records.labels.sum()
+    unreadable = [name for name, kind in FAULTS.items() if kind == "unreadable file"]
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_fast.training.index.examine_all", None)
+        said = []
+        data = index_records(dataclasses.replace(config, on_bad_record="skip"), spec, said.append)
+        assert str(data.records.folder) == found["index"] and len(said) == len(FAULTS) - len(unreadable)
+        # Its rows do not depend on who looked; what only headers show is known to a run that would stop at it.
+        assert len(data.records) == 4 + len(unreadable)
+        said = []
+        index_records(config, spec, said.append)
+        assert len(said) == len(FAULTS) and sum("not a picture" in message for message in said) == 1
+        Image.new("RGB", (20, 20)).save(m4_folder / "HQ-Edit" / "cut.jpg")
+        said = []
+        index_records(config, spec, said.append)
+        assert len(said) == len(FAULTS) - 1
+    good = [i for i in range(len(data.records)) if not any(f"id {name!r})" in data.records[i].where for name in unreadable)]
+    assert sum(group["tokens"] for group in found["scenarios"].values()) == data.tokens[good].sum()
+    assert sum(group["labels"] for group in found["scenarios"].values()) == data.records.labels[good].sum()
     assert found["rows"] == 1 and found["fill"] == pytest.approx(data.tokens.sum() / 500)
+    again = index_records(dataclasses.replace(config, index_dir=str(m4_folder / "other")), spec, said.append)
+    assert again.fingerprint == data.fingerprint and (again.tokens == data.tokens).all()
+
+
+def test_names_are_shown_as_they_are(m4_folder, capsys):
+    """Not as rich's markup, and nothing of them moves the terminal's cursor."""
+    records = [m4(i, name, "What?", "That.") for i, name in enumerate(["[red]", "[/nothing]", "a\x1b[2Jb"])]
+    (m4_folder / "names.json").write_text(json.dumps(records))
+    assert command(m4_folder / "names.json", "--out", m4_folder / "[blue]check") == 0
+    said = capsys.readouterr().out
+    assert "[red]" in said and "[/nothing]" in said and "a\ufffd[2Jb" in said and "\x1b" not in said
+
+
+def test_half_a_character_is_named(m4_folder, checkpoints):
+    records = [talk("half", "What?", "That \ud83d."), talk("raw", "What?", "That."), talk("whole", "What?", "That \U0001f600 \\ud83d.")]
+    text = "\n".join(json.dumps(record, ensure_ascii=record["id"] != "raw") for record in records)
+    data = text.encode().replace(
+        b'"value": "What?"}, {"from": "gpt", "value": "That."', b'"value": "\xed\xa0\xbd"}, {"from": "gpt", "value": "x"'
+    )
+    (m4_folder / "half.jsonl").write_bytes(data)
+    assert command(m4_folder / "half.jsonl", "--model", checkpoints["qwen"], "--out", m4_folder / "check") == 1
+    faults = [json.loads(line) for line in (m4_folder / "check" / "faults.jsonl").read_text().splitlines()]
+    assert [(fault["record"], fault["kind"]) for fault in faults] == [(0, "not a record"), (1, "not a record")]
+    for number, fault in enumerate(faults):
+        assert (
+            fault["message"]
+            == f"{m4_folder / 'half.jsonl'}, record {number}: broken text: half of a character, '\\ud83d', without the other"
+        )
+
+
+PAIR = {"id": "good", "prompt": "What?", "chosen": "Red.", "rejected": "Blue."}
+
+
+def test_pairs_and_what_a_run_is_validated_on(recipe, m4_folder, capsys):
+    """A recipe with `dpo` has pairs, whose faults are those that training would name."""
+    pairs = [
+        PAIR,
+        {**PAIR, "id": "lacks", "chosen": None},
+        {**PAIR, "id": "marks", "prompt": "<image><image>?", "image": "HQ-Edit/1.jpg"},
+        {**PAIR, "id": "gone", "image": "gone.jpg"},
+        {**PAIR, "id": "cut", "image": "HQ-Edit/cut.jpg"},
+        {**PAIR, "id": "long", "prompt": "What? " * 600},
+        {**PAIR, "id": "other", "chosen": [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "No."}]},
+        talk("record", "What?", "That."),
+    ]
+    (m4_folder / "pairs.json").write_text(json.dumps(pairs))
+    (m4_folder / "held.json").write_text(json.dumps([PAIR, {**PAIR, "id": "held", "prompt": 5}]))
+    fields = {**json.loads(recipe.read_text()), "data": [str(m4_folder / "pairs.json")], "validation_data": [str(m4_folder / "held.json")]}
+    recipe.write_text(json.dumps({**fields, "dpo": True, "too_long": "skip"}))
+    assert command(recipe, "--out", m4_folder / "check", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    faults = named(m4_folder / "check" / "faults.jsonl")
+    kinds = {"lacks": "not a record", "marks": "marks and pictures", "gone": "missing file", "cut": "unreadable file", "long": "too long"}
+    assert {name: fault["kind"] for name, fault in faults.items()} == {
+        **kinds,
+        "other": "turns",
+        "record": "not a record",
+        "held": "not a record",
+    }
+    assert found["faults"] == 7 and found["validation"]["faults"] == 1 and found["index"] is None
+    config, spec = read_settings(recipe)
+    said = []
+    indexed = index_pairs(config, spec, said.append)
+    assert set(said) == {fault["message"] for name, fault in faults.items() if name not in ("cut", "held")}
+    assert found["datasets"]["pairs"]["records"] == 1 and found["datasets"]["pairs"]["tokens"] == indexed.tokens[0]
+    assert found["rows"] == 1 and found["fill"] == pytest.approx(indexed.tokens.sum() / 500)
+    assert command(recipe, "--out", m4_folder / "check") == 1
+    shown = capsys.readouterr()
+    assert "validation:" in shown.out and "validation: 1 rows" in shown.err and "8 faults" in shown.err
+    recipe.write_text(json.dumps({**fields, "dpo": True, "data": str(m4_folder / "mix.yaml")}))
+    (m4_folder / "mix.yaml").write_text("datasets: [{json_path: pairs.json}, {json_path: shard.tar}]")
+    (m4_folder / "shard.tar").write_bytes(b"")
+    assert command(recipe, "--out", m4_folder / "check") == 2
+    assert "preferences are a .json or .jsonl file" in capsys.readouterr().err
+
+
+def test_validation_records_have_an_index_of_their_own(recipe, m4_folder, capsys, monkeypatch):
+    (m4_folder / "held.json").write_text(json.dumps([talk("a", "What?", "That."), talk("b", "What?", "")]))
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), "validation_data": [str(m4_folder / "held.json")]}))
+    assert command(recipe, "--out", m4_folder / "check", "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["faults"] == len(FAULTS) and found["validation"]["faults"] == 1
+    held = found["validation"]["datasets"]["held"]
+    assert held["records"] == 1 and held["left_out"] == {"empty answer": 1}
+    monkeypatch.setattr("llava_fast.training.index.examine_all", None)
+    config, spec = read_settings(recipe)
+    held_out = index_records(dataclasses.replace(config, data=config.validation_data, on_bad_record="skip"), spec, lambda message: None)
+    assert str(held_out.records.folder) == found["validation"]["index"] and len(held_out.records) == 1
+
+
+def test_headers_of_frames_are_read(recipe, m4_folder):
+    """Of those that are taken: the first, the middle and the last of five."""
+    frames = m4_folder / "train_300k" / "v1"
+    for i in (3, 4):
+        Image.new("RGB", (32, 24)).save(frames / f"c01_{i:04}.jpeg")
+    data = [{**talk("v1", "<image>\nWho?", "Nobody."), "video": "train_300k/v1"}]
+    (m4_folder / "m4_instruct_video.json").write_text(json.dumps(data))
+    (m4_folder / "m4_instruct_annotations.json").write_text("[]")
+
+    def check():
+        return command(recipe, "--out", m4_folder / "check", "--json"), (m4_folder / "check" / "faults.jsonl").read_text()
+
+    assert check() == (0, "")
+    sound = (frames / "c01_0002.jpeg").read_bytes()
+    (frames / "c01_0001.jpeg").write_bytes(b"no picture")
+    assert check() == (0, "")
+    (frames / "c01_0002.jpeg").write_bytes(b"no picture")
+    code, faults = check()
+    assert code == 1 and json.loads(faults)["kind"] == "unreadable file" and "c01_0002.jpeg" in faults and "not a picture" in faults
+    (frames / "c01_0002.jpeg").write_bytes(sound)
+    Image.new("RGB", (24, 32)).save(frames / "c01_0004.jpeg")
+    code, faults = check()
+    assert code == 1 and "has frames of 32x24 and 24x32" in faults
+
+
+def test_frames_are_counted_without_a_model(m4_folder):
+    (m4_folder / "v.json").write_text(json.dumps([{**talk("v1", "<image>\nWho?", "Nobody."), "video": "train_300k/v1"}]))
+    config, spec = read_settings(m4_folder / "v.json")
+    assert check_data(config, spec, m4_folder / "check").by(0)["v"].views == 16
 
 
 def test_sound_data_and_the_tables(recipe, m4_folder, checkpoints, capsys):
@@ -180,7 +313,7 @@ def test_too_long_on_purpose_is_no_fault(recipe, m4_folder):
 
 
 def test_ctrl_c_shows_what_was_found_and_leaves_no_index(recipe, m4_folder, capsys, monkeypatch):
-    monkeypatch.setattr("llava_fast.training.examine.CHUNK", 4)
+    monkeypatch.setattr("llava_fast.training.workers.CHUNK", 4)
     config, spec = read_settings(recipe)
 
     def stop(seen, total):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -15,16 +16,18 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from reading import load_records
 
 import llava_fast as lf
 from llava_fast.inputs.labels import encode_turns
-from llava_fast.inputs.records import Turn, load_records, pictures_in_front
+from llava_fast.inputs.records import Turn, pictures_in_front
 from llava_fast.inputs.sources import find_sources
-from llava_fast.training import examine
+from llava_fast.training import workers
 from llava_fast.training.config import TrainConfig
-from llava_fast.training.dataset import index_records
-from llava_fast.training.examine import Job, examine_all
+from llava_fast.training.dataset import RecordData, index_records
+from llava_fast.training.examine import Job
 from llava_fast.training.index import Index, build_index, index_folder, open_index
+from llava_fast.training.workers import examine_all
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +138,17 @@ def test_anyres_sizes_of_packed_pictures_are_read(spec, folder, tmp_path):
 def test_an_index_is_found_again(folder, spec, monkeypatch):
     first = opened(config(folder), spec)
     monkeypatch.setattr("llava_fast.training.index.examine_all", never)
-    for free in ({}, {"lr": 1.0}, {"workers": 1}, {"on_bad_record": "skip"}, {"rows_per_step": 7}):
+    hosts = {"inputs": {"allowed_media_hosts": ["a.b"], "image_aspect": "pad"}}
+    for free in (
+        {},
+        {"lr": 1.0},
+        {"workers": 1},
+        {"on_bad_record": "skip"},
+        {"rows_per_step": 7},
+        {"seed": 5},
+        {"too_long": "skip"},
+        hosts,
+    ):
         again = opened(config(folder, **free), spec)
         assert again.folder == first.folder and again.fingerprint == first.fingerprint
 
@@ -148,7 +161,7 @@ def test_an_index_is_found_again(folder, spec, monkeypatch):
         {"inputs": {"keep_order": True}},
         {"tokens_per_row": 400},
         {"views_per_row": 40},
-        {"seed": 1},
+        {"seed": 1, "front_share": 0.1},
         {"front_share": 0.5},
         {"too_long": "cut"},
     ],
@@ -166,6 +179,21 @@ def test_the_model_and_its_tokenizer_are_settings_too(folder, spec, tmp_path):
         *(dataclasses.replace(spec, **c) for c in ({"chat_template": "x"}, {"grid": 4}, {"anyres": True}, {"image_token_id": 9})),
     ]
     assert len({index_folder(config(folder), each, sources) for each in changes}) == len(changes)
+
+
+def test_what_shapes_no_tokens_is_not_in_the_key(folder, spec):
+    """A seed decides where something is drawn; a tokenizer is not asked to cut or fill up."""
+    (folder / "mix.yaml").write_text("datasets: [{json_path: data.json, sampling_strategy: 'random:3'}]")
+    all_of_it, drawn = find_sources(folder / "data.json"), find_sources(folder / "mix.yaml")
+    assert index_folder(config(folder, seed=1), spec, all_of_it) == index_folder(config(folder, seed=2), spec, all_of_it)
+    assert index_folder(config(folder, seed=1), spec, drawn) != index_folder(config(folder, seed=2), spec, drawn)
+    before = index_folder(config(folder), spec, all_of_it)
+    cutting = copy.deepcopy(spec.tokenizer)
+    cutting.backend_tokenizer.enable_truncation(5)
+    cutting.backend_tokenizer.enable_padding(length=9)
+    assert index_folder(config(folder), dataclasses.replace(spec, tokenizer=cutting), all_of_it) == before
+    cutting.add_tokens(["another"])
+    assert index_folder(config(folder), dataclasses.replace(spec, tokenizer=cutting), all_of_it) != before
 
 
 def test_a_changed_source_makes_a_new_index(folder, spec):
@@ -188,6 +216,8 @@ def test_moved_data_are_found_again_unless_something_is_missing(folder, spec, tm
     with monkeypatch.context() as patch:
         patch.setattr("llava_fast.training.index.examine_all", never)
         again = opened(settings, spec)
+        patch.setattr("llava_fast.training.index._all_there", never)  # looked for once
+        opened(settings, spec)
     assert again.folder == first.folder and again[0].images == (str(moved / "0.png"),) and again[4].images == (records[4]["image"],)
     (moved / "1.png").unlink()
     shutil.copytree(moved, tmp_path / "thrice")
@@ -206,6 +236,49 @@ def test_a_missing_picture_that_comes_is_looked_at_again(folder, spec):
         index_records(config(folder), spec)
     (folder / "1.png").write_bytes(picture)
     assert len(index_records(config(folder), spec).records) == 5
+
+
+def test_messages_name_files_where_they_are_now(folder, spec, tmp_path, monkeypatch):
+    records = json.loads((folder / "data.json").read_text())[:4]
+    records[3]["conversations"].reverse()
+    (folder / "data.json").write_text(json.dumps(records))
+    index_records(config(folder, index_dir=str(tmp_path / "index")), spec, lambda message: None)
+    moved = folder.rename(tmp_path / "moved")
+    said = []
+    monkeypatch.setattr("llava_fast.training.index.examine_all", never)
+    data = index_records(config(moved, index_dir=str(tmp_path / "index")), spec, said.append)
+    assert len(said) == 1 and said[0].startswith(f"{moved}/data.json, record 3 (id 3): turns must be")
+    assert data.records.faults[0].file == f"{moved}/data.json"
+
+
+def test_changed_media_that_decide_lengths_are_seen_at_the_start(folder, spec, monkeypatch, caplog):
+    settings = config(folder, inputs={"anyres": True, "fps": 2})
+    before = index_records(settings, spec)
+    Image.new("RGB", (500, 40)).save(folder / "0.png")
+    after = index_records(settings, spec)
+    assert after.tokens[0] > before.tokens[0] and after.load(0).views.shape[0] == after.views[0]
+    assert f"{folder}/0.png has changed" in caplog.text
+    (folder / "frames" / "1.png").unlink()
+    assert index_records(settings, spec).views[2] == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_fast.training.index.examine_all", never)
+        index_records(settings, spec)
+    # Where there are many, some are looked at, and what the others were is seen when their row comes.
+    monkeypatch.setattr("llava_fast.training.index.STAMPS", 1)
+    many = index_records(dataclasses.replace(settings, index_dir=str(folder.parent / "few")), spec)
+    assert len(many.records.facts["stamps"]) == 1
+    with (folder / "3.png").open("wb") as file:
+        Image.new("RGB", (40, 500)).save(file, "PNG")
+    again = index_records(dataclasses.replace(settings, index_dir=str(folder.parent / "few")), spec)
+    assert again.fingerprint == many.fingerprint
+    skipping = RecordData(again.records, dataclasses.replace(settings, on_bad_record="skip"), spec)
+    for data in (skipping, again):
+        assert index_records(dataclasses.replace(settings, index_dir=str(folder.parent / "few")), spec).fingerprint == many.fingerprint
+        with pytest.raises(ValueError, match="its media have changed; the next run counts them anew"):
+            data.load(4)
+    few = dataclasses.replace(settings, index_dir=str(folder.parent / "few"))
+    assert index_records(dataclasses.replace(few, on_bad_record="skip"), spec).fingerprint == many.fingerprint
+    assert index_records(few, spec).load(4).views.shape[0] != many.views[4]
 
 
 def test_media_that_changed_after_indexing_are_named(folder, spec):
@@ -237,7 +310,6 @@ def test_sizes_are_part_of_what_a_run_knows_its_data_by(folder, spec):
 def test_a_build_that_stops_leaves_nothing(folder, spec):
     settings = config(folder)
     place = index_folder(settings, spec, find_sources(settings.data))
-    (place.with_name(place.name + ".partial") / "old").mkdir(parents=True)  # of one that was killed
 
     def stop(finding):
         raise KeyboardInterrupt
@@ -246,6 +318,58 @@ def test_a_build_that_stops_leaves_nothing(folder, spec):
         open_index(settings, spec, stop)
     assert [path.name for path in place.parent.iterdir()] in ([], [place.name + ".lock"])
     assert len(opened(settings, spec)) == 5
+
+
+def test_a_build_that_was_killed_is_cleaned_up(folder, spec):
+    """Long after it: where locks do not reach, another machine may be at it."""
+    settings = config(folder)
+    place = index_folder(settings, spec, find_sources(settings.data))
+    young, old = (place.with_name(f"{place.name}.partial-host-{i}") for i in (1, 2))
+    for partial in (young, old):
+        partial.mkdir(parents=True)
+        (partial / "records.arrow").write_bytes(b"half")
+    for path in (old, old / "records.arrow"):
+        os.utime(path, (1e9, 1e9))
+    opened(settings, spec)
+    assert young.is_dir() and not old.exists()
+
+
+@pytest.mark.parametrize("kill_at", [1, 2])
+def test_a_kill_while_one_index_replaces_another(folder, spec, monkeypatch, kill_at):
+    settings = config(folder)
+    before = opened(settings, spec)
+    job = Job(tuple(find_sources(settings.data)), settings, spec)
+    renames = []
+
+    def rename(source, target):
+        if Path(source).suffix != ".new":
+            renames.append(source)
+        if len(renames) == kill_at:
+            raise SystemExit  # as if by a signal: the next line does not run
+        return real(source, target)
+
+    real = os.replace
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("llava_fast.training.index.os.replace", rename)
+        build_index(job, before.folder, lambda finding: None)
+    monkeypatch.setattr("llava_fast.training.index.examine_all", never)
+    after = opened(settings, spec)
+    assert after.folder == before.folder and after.fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize("name", ["records.arrow", "sizes.arrow", "faults.jsonl", "index.json"])
+@pytest.mark.parametrize("harm", ["cut", "empty", "gone"])
+def test_an_index_that_cannot_be_read_is_made_anew(folder, spec, caplog, name, harm):
+    (folder / "1.png").unlink()  # so that there is a fault
+    before = index_records(config(folder), spec, lambda message: None)
+    content = {path.name: path.read_bytes() for path in before.records.folder.iterdir()}
+    path = before.records.folder / name
+    path.unlink()
+    if harm != "gone":
+        path.write_bytes(content[name][: len(content[name]) // 2] if harm == "cut" else b"")
+    after = index_records(config(folder), spec, lambda message: None)
+    assert {path.name: path.read_bytes() for path in after.records.folder.iterdir()} == content
+    assert "is made anew: it cannot be read" in caplog.text
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(folder, spec, monkeypatch):
@@ -303,16 +427,70 @@ def test_several_processes_write_the_same_index(many, spec, tmp_path):
 
 def test_a_process_that_dies_and_one_that_fails_are_named(many, spec, monkeypatch):
     job = Job(tuple(find_sources(many / "data.json")), config(many), spec)
-    monkeypatch.setattr(examine, "WORKER", "import os, sys; sys.stdin.buffer.read(100); os._exit(9)")
+    monkeypatch.setattr(workers, "WORKER", "import os, sys; sys.stdin.buffer.read(100); os._exit(9)")
     with pytest.raises(RuntimeError, match=r"looked at records \d+ to \d+ of .*data.json has died \(exit code 9\)"):
         list(examine_all(job, processes=2))
     broken = (
-        "from llava_fast.training import examine\n"
-        "def fail(*_): raise ZeroDivisionError('oops')\nexamine.check_record = fail\nexamine.serve()"
+        "from llava_fast.training import examine, workers\n"
+        "def fail(*_): raise ZeroDivisionError('oops')\nexamine.check_record = fail\nworkers.serve()"
     )
-    monkeypatch.setattr(examine, "WORKER", broken)
+    monkeypatch.setattr(workers, "WORKER", broken)
     with pytest.raises(RuntimeError, match=r"(?s)ZeroDivisionError: oops.*data.json, record 0 \(id 0\)"):
         list(examine_all(job, processes=2))
+
+
+def test_findings_wait_for_whoever_takes_them(many, spec, monkeypatch):
+    """So that a slow disk is no reason to hold the whole data set in memory."""
+    monkeypatch.setattr(workers, "CHUNK", 10)
+    job = Job(tuple(find_sources(many / "data.json")), config(many), spec)
+    submitted = []
+    submit = workers.ThreadPoolExecutor.submit
+    monkeypatch.setattr(workers.ThreadPoolExecutor, "submit", lambda self, *a: submitted.append(a) or submit(self, *a))
+    findings = examine_all(job, processes=2)
+    for taken in range(3):
+        assert next(findings).rows.num_rows in (9, 10)
+        assert len(submitted) - 2 <= taken + 1 + 2 * 2
+    findings.close()
+
+
+def test_processes_that_cannot_be_started_leave_none(many, spec, monkeypatch):
+    job = Job(tuple(find_sources(many / "data.json")), config(many), spec)
+    started = []
+    start = subprocess.Popen
+
+    def second_fails(*a, **k):
+        if started:
+            raise OSError(11, "Resource temporarily unavailable")
+        started.append(start(*a, **k))
+        return started[0]
+
+    monkeypatch.setattr(workers.subprocess, "Popen", second_fails)
+    with pytest.raises(OSError, match="temporarily unavailable"):
+        list(examine_all(job, processes=2))
+    assert started[0].poll() is not None
+
+
+@pytest.mark.parametrize(
+    "files, group, expected",
+    [
+        ({}, "0::/", 64),
+        ({"cpu.max": "max 100000"}, "0::/", 64),
+        ({"cpu.max": "150000 100000"}, "0::/", 2),
+        ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b", 3),
+        ({"a/cpu.max": "300000 100000", "a/b/cpu.max": "50000 100000"}, "0::/a/b", 1),
+        ({"cpu.max": "300000 100000"}, "0::/host/only", 3),
+        ({"cpu/d/cpu.cfs_quota_us": "400000", "cpu/d/cpu.cfs_period_us": "100000"}, "5:memory:/x\n4:cpu,cpuacct:/d", 4),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu,cpuacct:/d", 64),
+    ],
+)
+def test_cores_that_a_container_pays_for(tmp_path, monkeypatch, files, group, expected):
+    monkeypatch.setattr(workers.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text + "\n")
+    (tmp_path / "own").write_text(group + "\n")
+    assert workers.cores(tmp_path / "root", tmp_path / "own") == expected
+    assert workers.cores(tmp_path / "root", tmp_path / "none") == 64
 
 
 SYNTHETIC = """
@@ -341,7 +519,7 @@ def write(folder, records, n):
     for start in range(0, records, n):
         arrays["ids"] = lists(np.arange(start, start + n * 200), 200)
         writer.add(Finding(pa.record_batch([arrays[name] for name in types], schema=schema()), []))
-    writer.close({"folders": [], "cut": 0})
+    writer.close({"folders": [], "cut": 0, "stamps": [], "faults": [0, 0]})
 
 write(Path(sys.argv[1]), 1000, 1000)
 write(Path(sys.argv[2]), 300_000, 5000)
@@ -423,6 +601,17 @@ def test_too_long_is_refused_skipped_or_cut_at_turns(long, spec):
     counts = [1] * sum(turn.text.count("<image>") for turn in one_more.turns)
     ids = encode_turns(one_more.turns, "hf", spec.tokenizer, spec.image_token_id, counts, spec.chat_template).ids
     assert len(ids) + 8 * len(counts) > 120 and len(whole.records) == 2
+
+
+def test_what_is_cut_goes_to_the_front_only_then(long, spec):
+    """Pictures of the turns that leave do so with them, wherever those that stay are shown."""
+    common = {"views_per_row": 2, "too_long": "cut", "template": "qwen_1_5"}
+    inside = index_records(config(long, **common), spec, lambda message: None)
+    front = index_records(config(long, **common, front_share=1), spec, lambda message: None)
+    assert inside.views[0] == front.views[0] == 2 and front.records[0].dropped == inside.records[0].dropped == 4
+    assert len(front.records[0].images) == 2 and front.load(0).views.shape[0] == 2
+    text = spec.tokenizer.decode(front.records.ids_and_labels(0)[0])
+    assert text.count("<image>") == 2 and "<image><image>" in text and "(image 2)" in text and "(image 3)" not in text
 
 
 def test_views_past_the_budget_are_cut_too(long, spec):

@@ -7,8 +7,9 @@ import math
 
 import pytest
 from PIL import Image
+from reading import load_records
 
-from llava_fast.inputs.records import Turn, load_records, sample_indices
+from llava_fast.inputs.records import Turn, sample_indices
 
 
 @pytest.fixture
@@ -175,11 +176,17 @@ def test_bad_records_can_be_counted_instead(folder):
     [
         ("data.json", "{", "not valid JSON"),
         ("data.json", "{}", "list of records"),
-        ("data.jsonl", "{}\n{", "not valid JSON"),
+        ("data.jsonl", "{\n{}", "not valid JSON"),
         ("mix.yaml", "datasets: 3", "datasets"),
         ("mix.yaml", "datasets: [{json: a.json}]", "json_path"),
         ("mix.yaml", "datasets: [{json_path: none.json}]", "no data file none.json"),
         ("mix.yaml", "datasets: [{json_path: mix.yaml, strategy: all}]", "strategy"),
+        ("mix.yaml", "datasets: [{json_path: mix.yaml}]", r"mix.yaml: datasets\[0\] is a mixture itself, .*mix.yaml"),
+        (
+            "mix.yaml",
+            "datasets: [{json_path: a, sampling_strategy: most}]",
+            r"mix.yaml: datasets\[0\]: sampling_strategy must be all.*'most'",
+        ),
         ("mix.yaml", "datasets: [{json_path: mix.yaml, strategy: all, 5: x}]", r"\['5', 'strategy'\]"),
     ],
 )
@@ -208,6 +215,14 @@ def test_a_mixture_joins_files_with_their_strategies(folder):
     assert drawn[-2:] == [99, 100]
     assert len(drawn) == 22 and len(set(drawn[15:20])) == 5
     assert questions(1) == drawn != questions(2)
+
+
+def test_a_strategy_is_of_each_file(folder):
+    for name in ("part1", "part2"):
+        write(folder, [talk(f"{name} {i}") for i in range(20)], f"{name}.json")
+    (folder / "mix.yaml").write_text("datasets: [{json_path: 'part{1,2}.json', sampling_strategy: 'end:10%'}]")
+    questions = [record.turns[0].text for record in load_records(folder / "mix.yaml")]
+    assert questions == ["part1 18", "part1 19", "part2 18", "part2 19"]
 
 
 @pytest.mark.parametrize("total", [0, 1, 5, 100, 101])

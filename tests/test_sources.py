@@ -13,10 +13,11 @@ import webdataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from reading import load_records
 
 from llava_fast.inputs import sources as sources_module
 from llava_fast.inputs.media import Packed, read_media
-from llava_fast.inputs.records import BadRecord, load_records
+from llava_fast.inputs.records import BadRecord
 from llava_fast.inputs.sources import Source, find_sources, parse, read
 
 TALK = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
@@ -155,8 +156,8 @@ def test_tar_shards_hold_what_webdataset_reads(shard):
     assert [entry["id"] for entry in found] == [sample["__key__"] if sample["__key__"] != "a/two" else 7 for sample in theirs]
     wanted = [["jpg"], ["0.jpg", "1.jpg"], ["1.jpg", "0.jpg"], []]
     for entry, sample, names in zip(found, theirs, wanted, strict=False):
-        assert [read_media(picture) for picture in entry["image"] or []] == [sample[name] for name in names]
-    assert read_media(found[4]["video"]) == b"frames" and found[4]["image"] is None
+        assert [read_media(picture) for picture in entry.get("image") or []] == [sample[name] for name in names]
+    assert read_media(found[4]["video"]) == b"frames" and "image" not in found[4]
 
 
 def test_records_of_a_shard_and_its_faults(shard, tmp_path):
@@ -185,6 +186,68 @@ def test_records_of_a_shard_and_its_faults(shard, tmp_path):
         "record 2: no member z.png in the sample 'z' of the shard",
         "record 3: a record is an object, got list",
     ]
+
+
+def tar_of(path, *members):
+    """Members (name, bytes, fields of TarInfo)."""
+    with tarfile.open(path, "w") as tar:
+        for name, data, *fields in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            vars_of = fields[0] if fields else {}
+            for field, value in vars_of.items():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+RECORD = json.dumps({"conversations": TALK}).encode()
+
+
+def test_members_that_are_no_part_of_a_sample(tmp_path):
+    """What WebDataset passes over, we pass over."""
+    path = tar_of(
+        tmp_path / "s.tar",
+        ("__key__/x.json", b"no record"),
+        ("__meta__", b"{}"),
+        ("._a.json", b"AppleDouble"),
+        ("a.json", RECORD),
+        ("._a.jpg", b"AppleDouble"),
+        ("README", b"none"),
+        ("a.jpg", jpeg(1)),
+    )
+    (theirs,) = webdataset.WebDataset(str(path), shardshuffle=False)
+    (entry,) = entries(find_sources(path)[0])
+    assert (entry["id"], [read_media(picture) for picture in entry["image"]]) == (theirs["__key__"], [theirs["jpg"]])
+
+
+@pytest.mark.parametrize(
+    "members, message",
+    [
+        ([("a.json", RECORD), ("a.jpg", b"p"), ("a.mp4", b"v")], "the sample 'a' has a.mp4, a.jpg: its record must say which"),
+        ([("a.json", RECORD), ("a.0.mp4", b"v"), ("a.1.mp4", b"v")], "the sample 'a' has a.0.mp4, a.1.mp4: its record must say which"),
+        ([("a.json", RECORD), ("a.jpg", b"p"), ("a.jpg", b"q")], "the sample 'a' has the member a.jpg 2 times"),
+        ([("a.json", RECORD), ("a.jpg", b"", {"type": tarfile.SYMTYPE, "linkname": "b.jpg"})], "the member a.jpg is a link"),
+        ([("a.json", RECORD), ("a.jpg", b"", {"type": tarfile.LNKTYPE, "linkname": "b.jpg"})], "the member a.jpg is a link"),
+        (
+            [("a.json", RECORD), ("a.jpg", b"p", {"pax_headers": {"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}})],
+            "the member a.jpg is sparse: its bytes do not lie in the shard as they are",
+        ),
+    ],
+)
+def test_samples_that_are_not_clear(tmp_path, members, message):
+    path = tar_of(tmp_path / "s.tar", *members, ("b.json", RECORD), ("b.jpg", jpeg(1)))
+    said = []
+    assert len(load_records(path, on_bad=said.append)) == 1
+    assert len(said) == 1 and said[0].startswith(f"{path}, record 0: {message}")
+
+
+def test_a_record_says_which_of_its_media_it_is_about(tmp_path):
+    video, picture = (json.dumps({name: f"a.{end}", "conversations": TALK}).encode() for name, end in (("video", "mp4"), ("image", "jpg")))
+    for record, field, data in ((video, "video", b"v"), (picture, "image", b"p")):
+        path = tar_of(tmp_path / "s.tar", ("a.json", record), ("a.jpg", b"p"), ("a.mp4", b"v"))
+        (entry,) = entries(find_sources(path)[0])
+        assert read_media(entry[field]) == data and ("image" in entry) + ("video" in entry) == 1
 
 
 def test_no_other_member_of_a_shard_is_read(shard, tmp_path):
@@ -269,3 +332,37 @@ def test_data_sets_that_cannot_be_read(rows, tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="bad.parquet is not a data set that can be read"):
         find_sources(tmp_path / "bad.parquet")[0].places()
+
+
+def test_parquet_is_read_by_row_groups_where_it_lies(tmp_path, monkeypatch):
+    """Pictures' bytes only when they are asked for, and no copy of the file anywhere."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from llava_fast.inputs import media
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", None)
+    inside, path = [{"bytes": jpeg(i), "path": f"{i}.jpg"} for i in range(3)], {"bytes": None, "path": "0.jpg"}
+    lists = [[inside[0]], [inside[1], inside[2]], [], None, [path], [path, path], [], [path], [inside[0], path], None, [None], [inside[2]]]
+    picture = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    for column, cells in (("images", lists), ("image", [pictures[0] if pictures else None for pictures in lists])):
+        kind = pa.list_(picture) if column == "images" else picture
+        table = pa.table({"id": [f"r{i}" for i in range(12)], column: pa.array(cells, kind), "conversations": [TALK] * 12})
+        file = tmp_path / f"{column}.parquet"
+        pq.write_table(table, file, row_group_size=4)
+        found = entries(find_sources(file)[0])
+        for i, (entry, cell) in enumerate(zip(found, cells, strict=True)):
+            assert entry["id"] == f"r{i}" and entry["conversations"] == TALK
+            wanted = cell if isinstance(cell, list) else None if cell is None else [cell]
+            got = entry.get("image") if isinstance(entry.get("image"), list) else [entry["image"]] if "image" in entry else None
+            if wanted is None:
+                assert got is None
+                continue
+            for one, written in zip(got, wanted, strict=True):
+                if written is None or written["bytes"] is None:
+                    assert one == (written and "0.jpg") and not isinstance(one, Packed)
+                else:
+                    assert isinstance(one, Packed) and read_media(one) == written["bytes"]
+        types = [media._cells(str(file), group)[column].type for group in range(3)]
+        assert [("bytes" in str(kind)) for kind in types] == [False, True, column == "images"]
+        assert media._group.cache_info().maxsize == media._cells.cache_info().maxsize == 1

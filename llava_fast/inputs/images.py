@@ -90,6 +90,8 @@ def image_size(source: str | os.PathLike[str] | bytes) -> tuple[int, int]:
     """(width, height) of a file, or of its bytes, as `open_image` will give it (EXIF rotation applied), from the header alone. Raises
     ValueError as that does for what a header can show."""
     name = source_name(source)
+    if isinstance(source, bytes) and len(source) > MAX_IMAGE_BYTES:
+        raise ValueError(f"{name} has {len(source)} bytes, more than the cap of {MAX_IMAGE_BYTES}")
     opened = io.BytesIO(source) if isinstance(source, bytes) else open_file(source, name, MAX_IMAGE_BYTES)
     with opened as file, _read_header(file, name) as image:
         width, height = image.size

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import re
+import threading
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 class Packed(str):
@@ -46,27 +50,113 @@ def read_span(file: str | os.PathLike[str], start: int, count: int) -> bytes:
     return data
 
 
-@functools.lru_cache(maxsize=32)
-def open_rows(path: str) -> Any:
-    """A data set of the `datasets` library, memory-mapped: a directory that save_to_disk wrote, or a parquet file.
+class ParquetRows:
+    """Rows of a parquet file, read a row group at a time. `datasets` would write an Arrow copy of the whole file into its cache.
 
-    Raises ValueError where the library is missing or does not read it.
+    A picture takes the reading of its row group, so that groups should be small: `datasets` writes 100 rows with pictures.
     """
+
+    def __init__(self, path: str):
+        import pyarrow.parquet
+
+        self.path = path
+        self.file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        self.lock = threading.Lock()  # loader threads share the reader
+        groups = self.file.metadata.num_row_groups
+        self.ends = np.cumsum([self.file.metadata.row_group(number).num_rows for number in range(groups)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.file.metadata.num_rows)
+
+    def cells(self, row: int) -> dict[str, Any]:
+        """Arrow scalars by column. A picture whose bytes lie in the file may be without them."""
+        group, at = self._place(row)
+        table = _cells(self.path, group)
+        return {name: table[name][at] for name in table.column_names}
+
+    def cell(self, row: int, column: str) -> Any:
+        group, at = self._place(row)
+        return _group(self.path, group, (column,))[column][at]
+
+    def _place(self, row: int) -> tuple[int, int]:
+        group = int(np.searchsorted(self.ends, row, side="right"))
+        return group, row - (int(self.ends[group - 1]) if group else 0)
+
+
+@functools.lru_cache(maxsize=1)  # pictures of a row group are tens of megabytes
+def _group(path: str, number: int, columns: tuple[str, ...]) -> Any:
+    rows = open_rows(path)
+    with rows.lock:
+        return rows.file.read_row_group(number, columns=list(columns))
+
+
+@functools.lru_cache(maxsize=1)
+def _cells(path: str, number: int) -> Any:
+    """A row group's columns, without the bytes of pictures where its statistics say that every picture has some."""
+    rows = open_rows(path)
+    leaves = [rows.file.metadata.schema.column(i).path for i in range(rows.file.metadata.num_columns)]
+    pictures = {leaf.partition(".")[0]: i for i, leaf in enumerate(leaves) if re.fullmatch(r"images?\.(.+\.)?bytes", leaf)}
+    with rows.lock:
+        table = rows.file.read_row_group(number, columns=[leaf for i, leaf in enumerate(leaves) if i not in pictures.values()])
+        for name, i in pictures.items():
+            chunk = rows.file.metadata.row_group(number).column(i)
+            with_bytes = None
+            if chunk.statistics is not None and chunk.statistics.has_null_count:
+                with_bytes = chunk.num_values - chunk.statistics.null_count
+            if name not in table.column_names or with_bytes != _count(table[name]):
+                whole = rows.file.read_row_group(number, columns=[name])
+                table = (table.drop_columns([name]) if name in table.column_names else table).append_column(name, whole[name])
+    return table
+
+
+def _count(column: Any) -> int:
+    """Pictures in a column of them or of lists of them."""
+    return sum(len(part) - part.null_count for part in (chunk.flatten() if hasattr(chunk, "offsets") else chunk for chunk in column.chunks))
+
+
+class SavedRows:
+    """Rows of a directory that `Dataset.save_to_disk` wrote, which is mapped into memory."""
+
+    def __init__(self, path: str):
+        try:
+            import datasets
+        except ImportError as error:
+            raise ValueError(f"{path} needs the datasets library: pip install 'llava_fast[train]'") from error
+        try:
+            opened = datasets.load_from_disk(path)
+        except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+            raise ValueError(f"{path} is not a data set that can be read: {error}") from error
+        if isinstance(opened, datasets.DatasetDict):
+            raise ValueError(f"{path} holds the splits {', '.join(opened)}: name the folder of one, like {Path(path) / next(iter(opened))}")
+        self.rows = opened.with_format("arrow")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def cells(self, row: int) -> dict[str, Any]:
+        """Arrow scalars by column; nothing is read before a value is asked for."""
+        table = self.rows[row : row + 1]
+        return {name: table[name][0] for name in table.column_names}
+
+    def cell(self, row: int, column: str) -> Any:
+        return self.cells(row)[column]
+
+
+@functools.lru_cache(maxsize=8)  # an open one is its metadata, and pages that the system can take back
+def open_rows(path: str) -> ParquetRows | SavedRows:
+    """Raises ValueError where it cannot be read, or the library for it is missing."""
+    if Path(path).is_dir():
+        return SavedRows(path)
     try:
-        import datasets
+        return ParquetRows(path)
     except ImportError as error:
-        raise ValueError(f"{path} needs the datasets library: pip install 'llava_fast[train]'") from error
-    try:
-        opened = datasets.load_from_disk(path) if Path(path).is_dir() else datasets.Dataset.from_parquet(path)
-    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"{path} needs the pyarrow library: pip install 'llava_fast[train]'") from error
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a data set that can be read: {error}") from error
-    if isinstance(opened, datasets.DatasetDict):
-        raise ValueError(f"{path} holds the splits {', '.join(opened)}: name the folder of one, like {Path(path) / next(iter(opened))}")
-    return opened.with_format("arrow")
 
 
 def _picture(file: str, row: int, number: int, column: str) -> bytes:
-    cell = open_rows(file).select_columns([column])[row : row + 1][column][0]
+    cell = open_rows(file).cell(row, column)
     data = (cell if hasattr(cell, "keys") else cell.values[number])["bytes"].as_py()
     if data is None:
         raise ValueError(f"{file}, row {row}: column {column} holds no bytes")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -94,42 +94,6 @@ class Record:
         if any(piece in name for piece in MULTI_VIEW):
             return "multi-view"
         return "video" if name == "star" or any(piece in name for piece in FRAMES) else "multi-image"
-
-
-def load_records(
-    sources: str | Path | Sequence[str | Path],
-    media_folder: str | Path | None = None,
-    seed: int = 0,
-    on_bad: Callable[[str], None] | None = None,
-) -> list[Record]:
-    """Read and check every record of the given sources (see inputs/sources.py), into memory: for small sets.
-
-    on_bad: called with the message of each bad record, which is then left out; None: a bad record raises.
-    Raises ValueError naming file, id and fault.
-    """
-    from llava_fast.inputs.sources import find_sources, parse, read, where  # which imports this
-
-    def refuse(error: BadRecord) -> None:
-        if on_bad is None:
-            raise error
-        on_bad(str(error))
-
-    records = []
-    for number, source in enumerate(find_sources(sources, media_folder)):
-        places = source.places()
-        taken = sample_indices(len(places), source.strategy, seed=[seed, number])
-        entries = []
-        for index, raw in zip(taken, read(source, [places[index] for index in taken]), strict=True):
-            try:
-                entries.append((index, parse(raw, where(source, index))))
-            except BadRecord as error:
-                refuse(error)
-        for index, entry in entries:
-            try:
-                records.append(check_record(entry, where(source, index, entry), source.folder))
-            except BadRecord as error:
-                refuse(error)
-    return records
 
 
 def sample_indices(total: int, strategy: str = "all", seed: int | Sequence[int] = 0) -> list[int]:

@@ -6,9 +6,11 @@ the total before anything is kept, several processes share the reading, and no f
   .json      a list of records          .jsonl    one a line
   .yaml      {"datasets": [{"json_path", "sampling_strategy"}]}, whose paths are relative to it when not found from the working directory
   .tar       WebDataset: members "key.json" (the record), "key.jpg" or "key.0.jpg", "key.1.jpg", ... (its media, in the order of the
-             shard, unless the record's own image or video names some of them)
+             shard, unless the record's own image or video names some of them). As there, names that start with a dot, that have none, or
+             that are like __this__ are no part of a sample.
   .parquet, or a directory that `Dataset.save_to_disk` wrote: columns conversations or messages, image or images (pictures or paths), video
-A path may have braces as upstream (`part{a,b}.json`), ranges (`shard-{0000..0031}.tar`) and wild cards (`*.parquet`).
+A path may have braces as upstream (`part{a,b}.json`), ranges (`shard-{0000..0031}.tar`) and wild cards (`*.parquet`); a sampling strategy
+is then applied to each of its files.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ import numpy as np
 import yaml
 
 from llava_fast.checks import shown
-from llava_fast.inputs.media import Packed, open_rows, read_span
-from llava_fast.inputs.records import BadRecord
+from llava_fast.inputs.media import Packed, ParquetRows, SavedRows, open_rows, read_span
+from llava_fast.inputs.records import BadRecord, sample_indices
 from llava_fast.inputs.video import FRAME_SUFFIXES
 
 BLOCK = 8 << 20  # bytes of a JSON list that are looked at together
@@ -38,6 +40,8 @@ VIDEO_SUFFIXES = {".mp4", ".webm", ".mkv", ".mov", ".avi", ".mpg", ".mpeg", ".m4
 NUMBER = ("", ".", "e", "E", "+", "-")
 WHITE = re.compile(r"[ \t\n\r]*")
 BRACES = re.compile(r"\{([^{}]*)\}")
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]")  # half of a character, which may be one too many
+META = re.compile(r"__[^/]*__($|/)")  # members that WebDataset passes over
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,6 @@ class Source:
     path: Path
     folder: Path
     strategy: str = "all"
-
-    @property
-    def packed(self) -> bool:
-        """Whether media may lie in the source itself."""
-        return self.path.suffix not in (".json", ".jsonl")
 
     def places(self) -> Sequence[Any] | np.ndarray:
         """Where each record lies, for `read`. Raises ValueError for a file that is not what its name says."""
@@ -110,11 +109,21 @@ def read(source: Source, places: Iterable[Any]) -> Iterator[Any]:
 def parse(raw: Any, where: str) -> Any:
     """What `read` gave as the JSON entry that it stands for. Raises BadRecord, its message starting with `where`."""
     try:
-        return json.loads(raw) if isinstance(raw, bytes) else raw.entry()
+        return _loads(raw) if isinstance(raw, bytes) else raw.entry()
     except (ValueError, RecursionError) as error:  # of which broken JSON and UTF-8 are two
         kind = "missing file" if isinstance(error, _Absent) else "not a record"
         message = f"not valid JSON: {error}" if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)) else str(error)
         raise BadRecord(f"{where}: {message}", kind) from error  # type: ignore[arg-type]
+
+
+def _loads(data: bytes) -> Any:
+    entry = json.loads(data)
+    if SURROGATE.search(data):  # which JSON lets pass, and no tokenizer, file or table takes
+        try:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"broken text: half of a character, {error.object[error.start]!r}, without the other") from None
+    return entry
 
 
 def _paths(path: Path) -> list[Path]:
@@ -161,10 +170,17 @@ def _mixture(path: Path) -> Iterator[tuple[Path, str]]:
             raise ValueError(
                 f"{path}: datasets[{number}] has unknown keys {shown(sorted(map(str, unknown)))}; known are json_path and sampling_strategy"
             )
+        strategy = str(dataset.get("sampling_strategy", "all"))
+        try:
+            sample_indices(0, strategy)
+        except ValueError as error:
+            raise ValueError(f"{path}: datasets[{number}]: {error}") from None
         for named in _paths(Path(dataset["json_path"])) if _exists(dataset["json_path"]) else _paths(path.parent / dataset["json_path"]):
             if not named.exists():
                 raise ValueError(f"{path}: no data file {dataset['json_path']}")
-            yield _checked(named), str(dataset.get("sampling_strategy", "all"))
+            if named.suffix in (".yaml", ".yml"):
+                raise ValueError(f"{path}: datasets[{number}] is a mixture itself, {named}: list its files here")
+            yield _checked(named), strategy
 
 
 def _exists(name: str) -> bool:
@@ -263,7 +279,8 @@ def _not_a_list(path: Path) -> ValueError:
 
 # --- tar shards ---
 
-Span = tuple[str, int, int]  # a member: name, first byte, bytes
+Span = tuple[str, int, int]  # a member: name, first byte (or one of those below), bytes
+SPARSE, LINK = -1, -2  # members whose bytes do not lie there
 
 
 class _Absent(ValueError):
@@ -276,13 +293,14 @@ def _members(path: Path) -> list[tuple[str, list[Span]]]:
     try:
         with tarfile.open(path, "r:") as shard:  # not a compressed one: its members have no offsets
             for info in shard:
-                if not info.isreg():
-                    continue
-                folder, _, name = info.name.rpartition("/")
-                key = f"{folder}/{name.partition('.')[0]}" if folder else name.partition(".")[0]
-                if not samples or samples[-1][0] != key:
-                    samples.append((key, []))
-                samples[-1][1].append((info.name, info.offset_data, info.size))
+                folder, slash, name = info.name.rpartition("/")
+                stem, dot, _ = name.partition(".")
+                if stem and dot and not META.match(info.name) and (info.isreg() or info.issym() or info.islnk()):
+                    key = folder + slash + stem
+                    if not samples or samples[-1][0] != key:
+                        samples.append((key, []))
+                    start = SPARSE if info.issparse() else info.offset_data if info.isreg() else LINK
+                    samples[-1][1].append((info.name, start, info.size))
                 shard.members = []  # type: ignore[attr-defined]  # or it keeps every header
     except (tarfile.TarError, OSError, EOFError) as error:
         raise ValueError(f"{path} is not a tar file that can be read (compressed ones cannot): {error}") from error
@@ -296,26 +314,42 @@ class _Shard:
     members: list[Span]
 
     def entry(self) -> Any:
+        names = [name for name, _, _ in self.members]
+        for name, start, _ in self.members:
+            if start < 0:
+                kind = "a link" if start == LINK else "sparse"
+                raise ValueError(f"the member {name} is {kind}: its bytes do not lie in the shard as they are")
+            if names.count(name) > 1:
+                raise ValueError(f"the sample {shown(self.key)} has the member {name} {names.count(name)} times")
         records = [span for span in self.members if span[0].endswith(".json")]
         if len(records) != 1:
             raise ValueError(f"the sample {shown(self.key)} has {len(records)} members .json, expected one")
         _, start, size = records[0]
-        entry = json.loads(read_span(self.path, start, size))
+        entry = _loads(read_span(self.path, start, size))
         if not isinstance(entry, dict):
             return entry
         entry = {"id": self.key, **entry}
-        for field, suffixes in (("image", FRAME_SUFFIXES), ("video", VIDEO_SUFFIXES)):
+        if entry.get("image") is None and entry.get("video") is None:
+            self._take_all(entry)
+            return entry
+        for field in ("image", "video"):
             named = entry.get(field)
-            own = [span for span in self.members if os.path.splitext(span[0])[1].lower() in suffixes]
-            if named is None and field == "image" and entry.get("video") is None:
-                entry[field] = [self._packed(span) for span in own] or None
-            elif named is None and field == "video" and not entry.get("image") and len(own) == 1:
-                entry[field] = self._packed(own[0])
-            elif isinstance(named, str):
+            if isinstance(named, str):
                 entry[field] = self._find(named)
             elif isinstance(named, list):
                 entry[field] = [self._find(name) if isinstance(name, str) else name for name in named]
         return entry
+
+    def _take_all(self, entry: dict[str, Any]) -> None:
+        """The media of a record that names none."""
+        pictures, videos = ([span for span in self.members if _suffix(span[0]) in known] for known in (FRAME_SUFFIXES, VIDEO_SUFFIXES))
+        if len(videos) > 1 or (videos and pictures):
+            names = ", ".join(name for name, _, _ in videos + pictures)
+            raise ValueError(f"the sample {shown(self.key)} has {names}: its record must say which by image or video")
+        if videos:
+            entry["video"] = self._packed(videos[0])
+        elif pictures:
+            entry["image"] = [self._packed(span) for span in pictures]
 
     def _packed(self, span: Span) -> Packed:
         return Packed.at(self.path, span[1], span[2], span[0])
@@ -328,18 +362,21 @@ class _Shard:
         raise _Absent(f"no member {name} in the sample {shown(self.key)} of the shard")
 
 
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
 # --- data sets ---
 
 
 @dataclass(frozen=True)
 class _Row:
     path: Path
-    rows: Any
+    rows: ParquetRows | SavedRows
     number: int
 
     def entry(self) -> Any:
-        table = self.rows[self.number : self.number + 1]
-        known = {name: table[name][0] for name in table.column_names}
+        known = self.rows.cells(self.number)
         entry = {name: cell.as_py() for name, cell in known.items() if name not in ("image", "images")}
         turns = entry.pop("messages", None)
         entry.setdefault("conversations", turns)
@@ -358,6 +395,7 @@ class _Row:
         return [self._picture(value, column, number) for number, value in enumerate(cell.values)]
 
     def _picture(self, value: Any, column: str, number: int) -> Any:
-        if not hasattr(value, "keys"):  # a path
+        if not hasattr(value, "keys") or not value.is_valid:  # a path, or nothing
             return value.as_py()
-        return Packed.at(self.path, self.number, number, column) if value["bytes"].is_valid else value["path"].as_py()
+        inside = "bytes" not in value.keys() or value["bytes"].is_valid
+        return Packed.at(self.path, self.number, number, column) if inside else value["path"].as_py()

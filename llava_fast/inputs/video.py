@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from llava_fast.inputs.fetch import fetch, is_url
-from llava_fast.inputs.images import file_size, open_image, source_name
+from llava_fast.inputs.images import file_size, image_size, open_image, source_name
 from llava_fast.requests import InputOptions
 
 try:
@@ -108,14 +108,9 @@ def load_frames(
         return _from_pictures(source, sampling, "a list of frames", options)
     if is_url(source):
         source = fetch(source, options.allowed_media_hosts if options else (), MAX_VIDEO_BYTES)
-    name = source_name(source).replace("a picture of", "a video of")
+    name = _name(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-        if not data:
-            raise ValueError(f"{name} is empty (0 bytes), expected a video")
-        if len(data) > MAX_VIDEO_BYTES:
-            raise ValueError(f"{name} has {len(data)} bytes, more than the cap of {MAX_VIDEO_BYTES}")
-        return _from_container(io.BytesIO(data), name, sampling)
+        return _from_container(_held(bytes(source), name), name, sampling)
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"a video must be a path, bytes, folder, list of frames or http(s) address, got {name}")
     path, pictures = _look(source, name)
@@ -125,27 +120,46 @@ def load_frames(
 
 
 def count_frames(
-    source: str | os.PathLike[str] | bytes,
-    num_frames: int | None = None,
-    fps: float | None = None,
-    upbound: int = 0,
-    force: bool = False,
-    look: bool = False,
+    source: str | os.PathLike[str] | bytes, num_frames: int | None = None, fps: float | None = None, upbound: int = 0, force: bool = False
 ) -> int:
     """How many frames `load_frames` gives of a file, its bytes, or a folder, from the file's packets; nothing is read where the count is
-    given, unless `look` asks for it. Raises ValueError as that does for what packets and names can show."""
+    given. Raises ValueError as that does for what packets and names can show."""
     sampling = _by_default(num_frames, fps, upbound, force)
-    if sampling[0] is not None and fps is None and not look:
+    if sampling[0] is not None and fps is None:
         return sampling[0]
-    name = source_name(source).replace("a picture of", "a video of")
-    if isinstance(source, bytes):
-        with _opened(io.BytesIO(source), name, sampling) as (_, _, _, indices):
-            return len(indices)
-    path, pictures = _look(source, name)
+    return len(_chosen(source, sampling)[0])
+
+
+def check_video(
+    source: str | os.PathLike[str] | bytes, num_frames: int | None = None, fps: float | None = None, upbound: int = 0, force: bool = False
+) -> None:
+    """Raises ValueError as `load_frames` does for what packets, or of a folder the headers of the frames that are taken, can show."""
+    indices, pictures = _chosen(source, _by_default(num_frames, fps, upbound, force))
+    sizes = {index: image_size(pictures[index]) for index in dict.fromkeys(indices)} if pictures is not None else {}
+    for index in sizes:
+        _check_size(sizes[index], sizes[indices[0]], len(indices), _name(source))
+
+
+def _chosen(source: str | os.PathLike[str] | bytes, sampling: Sampling) -> tuple[list[int], list[Path] | None]:
+    """The frames that are taken of a file, its bytes or a folder, and a folder's pictures."""
+    name = _name(source)
+    path, pictures = (_held(source, name), None) if isinstance(source, bytes) else _look(source, name)
     if pictures is not None:
-        return len(_choose(len(pictures), FOLDER_FPS, sampling, (1, 1), name))
+        return _choose(len(pictures), FOLDER_FPS, sampling, (1, 1), name), pictures
     with _opened(path, name, sampling) as (_, _, _, indices):
-        return len(indices)
+        return indices, None
+
+
+def _name(source: Any) -> str:
+    return source_name(source).replace("a picture of", "a video of")
+
+
+def _held(data: bytes, name: str) -> io.BytesIO:
+    if not data:
+        raise ValueError(f"{name} is empty (0 bytes), expected a video")
+    if len(data) > MAX_VIDEO_BYTES:
+        raise ValueError(f"{name} has {len(data)} bytes, more than the cap of {MAX_VIDEO_BYTES}")
+    return io.BytesIO(data)
 
 
 def _look(source: str | os.PathLike[str], name: str) -> tuple[str, list[Path] | None]:
@@ -191,17 +205,16 @@ def _from_pictures(pictures: Sequence[Any], sampling: Sampling, name: str, optio
     opened: dict[int, Image.Image] = {}
     for index in indices:
         frame = opened.setdefault(index, open_image(pictures[index], options) if index not in opened else opened[index])
-        first = opened[indices[0]]
-        if frame.size != first.size:
-            raise ValueError(
-                f"{name} has frames of {first.width}x{first.height} and {frame.width}x{frame.height}: give pictures of several "
-                "sizes as images"
-            )
-        if len(indices) * frame.width * frame.height > MAX_VIDEO_PIXELS:
-            raise ValueError(
-                f"{name} would give {len(indices)} frames of {frame.width}x{frame.height}, more than {MAX_VIDEO_PIXELS} pixels"
-            )
+        _check_size(frame.size, opened[indices[0]].size, len(indices), name)
     return _video(np.stack([np.asarray(opened[index]) for index in indices]), indices, FOLDER_FPS)
+
+
+def _check_size(size: tuple[int, int], first: tuple[int, int], count: int, name: str) -> None:
+    (w, h), (first_w, first_h) = size, first
+    if size != first:
+        raise ValueError(f"{name} has frames of {first_w}x{first_h} and {w}x{h}: give pictures of several sizes as images")
+    if count * w * h > MAX_VIDEO_PIXELS:
+        raise ValueError(f"{name} would give {count} frames of {w}x{h}, more than {MAX_VIDEO_PIXELS} pixels")
 
 
 @dataclass(frozen=True)

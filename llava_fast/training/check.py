@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import yaml
 from rich.table import Table
+from rich.text import Text
 
 from llava_fast.checkpoint import input_spec
 from llava_fast.inputs.packing import pack_rows
@@ -20,8 +21,9 @@ from llava_fast.inputs.prepare import InputSpec
 from llava_fast.inputs.records import SCENARIOS
 from llava_fast.inputs.sources import find_sources
 from llava_fast.training.config import TrainConfig, as_config
-from llava_fast.training.examine import Fault, Finding, Job, examine_all
+from llava_fast.training.examine import Fault, Finding, Job
 from llava_fast.training.index import build_index, index_folder, lock
+from llava_fast.training.workers import examine_all
 
 # Readable on a light page and on a dark one: the picture has no background, and no colour of it is near black or white.
 GREY = "#8b949e"
@@ -45,6 +47,7 @@ class Summary:
     """What a check found. groups: by (data set, scenario).  stopped: not all records were looked at.
 
     rows, fill: packed rows an epoch and their used share (of a recipe, or with a model).  index: where the index is.
+    validation: of validation_data.
     """
 
     groups: dict[tuple[str, str], Group] = field(default_factory=dict)
@@ -54,21 +57,23 @@ class Summary:
     rows: int | None = None
     fill: float | None = None
     index: str | None = None
+    validation: Summary | None = None
 
     def add(self, finding: Finding, accepted: tuple[str, ...]) -> None:
-        if finding.rows is not None:
-            columns = {name: finding.rows[name].to_pylist() for name in ("dataset", "scenario", "tokens", "labels", "views", "dropped")}
-            for dataset, scenario, tokens, labels, views, dropped in zip(*columns.values(), strict=True):
+        broken = np.isin(finding.rows["record"].to_numpy(), [fault.record for fault in finding.unreadable])
+        columns = {name: finding.rows[name].to_pylist() for name in ("dataset", "scenario", "tokens", "labels", "views", "dropped")}
+        for bad, dataset, scenario, tokens, labels, views, dropped in zip(broken, *columns.values(), strict=True):
+            if not bad:
                 group = self._group(dataset, SCENARIOS[scenario])
                 group.records += 1
                 group.tokens += tokens
                 group.labels += labels
                 group.views += views
                 group.cut += dropped > 0
-            scenarios = finding.rows["scenario"].to_numpy()
-            for number in np.unique(scenarios):
-                self.lengths.setdefault(SCENARIOS[number], []).append(finding.rows["tokens"].to_numpy()[scenarios == number])
-        for fault in finding.faults:
+        scenarios, tokens = finding.rows["scenario"].to_numpy(), finding.rows["tokens"].to_numpy()
+        for number in np.unique(scenarios[~broken]):
+            self.lengths.setdefault(SCENARIOS[number], []).append(tokens[~broken & (scenarios == number)])
+        for fault in finding.faults + finding.unreadable:
             self._group(fault.dataset, fault.scenario).left_out[fault.kind] += 1
             self.faults += fault.kind not in accepted
 
@@ -91,7 +96,13 @@ class Summary:
             name: {key: {**vars(group), "left_out": dict(group.left_out)} for key, group in self.by(part).items()}
             for part, name in enumerate(PARTS)
         }
-        return {**tables, "faults": self.faults, "stopped": self.stopped, "rows": self.rows, "fill": self.fill, "index": self.index}
+        found = {**tables, "faults": self.faults, "stopped": self.stopped, "rows": self.rows, "fill": self.fill, "index": self.index}
+        return found if self.validation is None else {**found, "validation": self.validation.plain()}
+
+    @property
+    def parts(self) -> list[tuple[str, Summary]]:
+        """Of the training's data, and of what it is validated on."""
+        return [("", self)] + ([] if self.validation is None else [("validation: ", self.validation)])
 
 
 PARTS = ("datasets", "scenarios")
@@ -129,36 +140,21 @@ def check_data(
     progress: Callable[[int, int], None] | None = None,
     processes: int | None = None,
 ) -> Summary:
-    """Look at every record of a configuration, its pictures' headers included, and write `out`/faults.jsonl as faults are found; with a
-    spec also the index (where training will look for it) and `out`/lengths.png. Ctrl-C ends it early, with what is known by then.
+    """Look at every record of a configuration (of preference pairs with `dpo`) and of its validation_data, with the headers of pictures and
+    videos, and write `out`/faults.jsonl as faults are found; with a spec also the index (where training will look for it; pairs have
+    none) and `out`/lengths.png. Ctrl-C ends it early, with what is known by then.
 
     Raises ValueError for sources that cannot be read.
     """
-    sources = find_sources(config.data, config.media_folder)
-    job = Job(tuple(sources), config, spec, headers=True)
-    summary = Summary()
-    accepted = ("too long", "too many views") if config.too_long == "skip" else ()
     out.mkdir(parents=True, exist_ok=True)
+    summary = Summary()
     with (out / "faults.jsonl").open("w", encoding="utf-8") as file:
-
-        def take(finding: Finding) -> None:
-            summary.add(finding, accepted)
-            for fault in finding.faults:
-                file.write(json.dumps(_shown(fault)) + "\n")
-
         try:
-            if spec is None:
-                for finding in examine_all(job, processes, progress):
-                    take(finding)
-            else:
-                folder = index_folder(config, spec, sources)
-                with lock(folder):
-                    index = build_index(job, folder, take, processes=processes, progress=progress)
-                summary.index = str(index.folder)
-                packing = pack_rows(
-                    index.tokens, index.views, config.tokens_per_row, config.views_per_row, window=config.packing_window, seed=config.seed
-                )
-                summary.rows, summary.fill = len(packing.rows), packing.fill(index.tokens, config.tokens_per_row)
+            _check(config, spec, summary, file, processes, progress)
+            if config.validation_data:
+                summary.validation = Summary()
+                held_out = dataclasses.replace(config, data=config.validation_data)
+                _check(held_out, spec, summary.validation, file, processes, progress)
         except KeyboardInterrupt:
             summary.stopped = True
     if spec is not None and summary.lengths:
@@ -166,12 +162,42 @@ def check_data(
     return summary
 
 
+def _check(config: TrainConfig, spec: InputSpec | None, summary: Summary, file: TextIO, processes: int | None, progress: Any) -> None:
+    """What is found of one configuration's `data`, as it is found."""
+    sources = find_sources(config.data, config.media_folder)
+    if config.dpo is not None and (other := [source.path for source in sources if source.path.suffix not in (".json", ".jsonl")]):
+        raise ValueError(f"preferences are a .json or .jsonl file, got {other[0]}")
+    job = Job(tuple(sources), config, spec, headers=True)
+    accepted = ("too long", "too many views") if config.too_long == "skip" and config.dpo is None else ()
+    sizes: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def take(finding: Finding) -> None:
+        summary.add(finding, accepted)
+        sizes.append((finding.rows["tokens"].to_numpy(), finding.rows["views"].to_numpy()))
+        for fault in finding.faults + finding.unreadable:
+            file.write(json.dumps(_shown(fault)) + "\n")
+
+    if spec is None or config.dpo is not None:
+        for finding in examine_all(job, processes, progress):
+            take(finding)
+    else:
+        folder = index_folder(config, spec, sources)
+        with lock(folder):
+            index = build_index(job, folder, take, processes=processes, progress=progress)
+        summary.index = str(index.folder)
+    if spec is not None:
+        empty = np.empty(0, dtype=np.int64)
+        tokens, views = (np.concatenate([empty, *column]) for column in (zip(*sizes, strict=True) if sizes else ((), ())))
+        packing = pack_rows(tokens, views, config.tokens_per_row, config.views_per_row, window=config.packing_window, seed=config.seed)
+        summary.rows, summary.fill = len(packing.rows), packing.fill(tokens, config.tokens_per_row)
+
+
 def _shown(fault: Fault) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(fault).items() if name not in ("source", "stamp")}
 
 
 def tables(summary: Summary) -> list[Table]:
-    return [_table(name, summary.by(part)) for part, name in enumerate(("data set", "scenario"))]
+    return [_table(whose + name, found.by(part)) for whose, found in summary.parts for part, name in enumerate(("data set", "scenario"))]
 
 
 def _table(title: str, groups: Mapping[str, Group]) -> Table:
@@ -181,7 +207,8 @@ def _table(title: str, groups: Mapping[str, Group]) -> Table:
     rows = sorted(groups.items(), key=lambda item: -item[1].tokens - item[1].records)
     total = Group()
     for name, group in rows:
-        table.add_row(name, *_cells(group))
+        # As text: a name in brackets is no style, and what a terminal would obey is not printed.
+        table.add_row(Text("".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in name)), *_cells(group))
         for number in ("records", "tokens", "labels", "views", "cut"):
             setattr(total, number, getattr(total, number) + getattr(group, number))
         total.left_out.update(group.left_out)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
@@ -96,9 +97,12 @@ class RecordData:
         tokens = len(ids) - len(visuals) + sum(visual.tokens for visual in visuals) - marks_left
         count = sum(visual.views for visual in visuals)
         if marks_left or (tokens, count) != (self.tokens[index], self.views[index]):
+            # A run that leaves bad records out goes on with the rows that it has, after an interruption too.
+            if self.config.on_bad_record == "error":
+                self.records.mark_stale()
             raise ValueError(
                 f"{record.where}: {tokens} tokens and {count} views, but {self.tokens[index]} and {self.views[index]} when it was indexed: "
-                "its media have changed"
+                "its media have changed; the next run counts them anew, unless on_bad_record is 'skip', which leaves such records out"
             )
         return Example((splice(ids, visuals, self.spec.image_token_id, labels),), views)
 
@@ -132,7 +136,7 @@ def index_records(
         cut = index.facts["cut"]
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
         console.print(
-            f"{len(index):,} records in {time.perf_counter() - began:.1f} s, index in {index.folder}"
+            f"{len(index):,} records in {time.perf_counter() - began:.1f} s, index in {escape(str(index.folder))}"
             + (f", {cut:,} cut at a turn's end" if cut else "")
             + (f", left out: {left_out}" if left_out else ""),
             highlight=False,

@@ -1,18 +1,10 @@
-"""Records looked at one by one before a run: checked, tokenised, counted; by several processes where there are many."""
+"""Records looked at one by one before a run: checked, tokenised, counted."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import pickle
-import queue
-import signal
-import subprocess
-import sys
-import traceback
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from zlib import crc32
 
@@ -33,21 +25,22 @@ from llava_fast.inputs.records import (
     check_record,
     dataset_name,
     pictures_in_front,
-    sample_indices,
 )
 from llava_fast.inputs.sources import Source, parse, read, record_id, where
-from llava_fast.inputs.video import count_frames
+from llava_fast.inputs.video import check_video, count_frames
 from llava_fast.requests import InputOptions
 from llava_fast.training.config import TrainConfig
 
-CHUNK = 512  # records that a process takes at a time
-ALONE = 20_000  # records up to which no other process is started: each takes seconds to import what it needs
+Stamp = list[int]  # of a file: bytes and time of change
+Chunk = tuple[int, Sequence[int], Sequence[Any] | np.ndarray]  # source, numbers and places of some of its records
 
 
 @dataclass(frozen=True)
 class Job:
     """spec: None where no model is given: then nothing is tokenised.  headers: open every picture and video, not only those whose size
-    decides how many tokens they take."""
+    decides how many tokens they take.
+
+    The records are preference pairs where the configuration has `dpo`."""
 
     sources: tuple[Source, ...]
     config: TrainConfig
@@ -57,8 +50,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a record is left out. source, record: its numbers.  path: the medium that is missing or cannot be read, with its `stamp`
-    (bytes and time of change, None where it is missing): when that changes, the record is looked at again."""
+    """What is wrong with a record. source, record: its numbers.  path: the medium that is missing or cannot be read, with its `stamp`
+    (None where it is missing): when that changes, the record is looked at again."""
 
     file: str
     source: int
@@ -69,15 +62,21 @@ class Fault:
     kind: Kind
     message: str
     path: str | None = None
-    stamp: list[int] | None = None
+    stamp: Stamp | None = None
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of some records. rows: an Arrow record batch of `schema`."""
+    """What was found of some records. rows: an Arrow record batch of `schema`.  faults: of records that are left out.
+
+    unreadable: faults of records that are among the rows, since only `Job.headers` finds them: what is in an index does not depend on
+    who looked.  stamps: source, name and stamp of the media that decide how many tokens their record takes.
+    """
 
     rows: Any
     faults: list[Fault]
+    unreadable: list[Fault] = field(default_factory=list)
+    stamps: list[tuple[int, str, Stamp | None]] = field(default_factory=list)
 
 
 def schema() -> Any:
@@ -103,110 +102,96 @@ def schema() -> Any:
     )
 
 
-def examine_all(job: Job, processes: int | None = None, progress: Any = None) -> Iterator[Finding]:
-    """What is found of every record that the sources' strategies take, in order.
-
-    processes: None: as many as there are cores, or only this one for up to ALONE records.
-    progress: called with the records seen so far and their number.
-    """
-    chunks = _chunks(job)
-    total = sum(len(numbers) for _, numbers, _ in chunks)
-    count = processes or (1 if total <= ALONE else _cores())
-    seen = 0
-    with _processes(job, min(count, len(chunks))) as examine_chunk:
-        for (_, numbers, _), finding in zip(chunks, examine_chunk(chunks), strict=True):
-            yield finding
-            seen += len(numbers)
-            if progress is not None:
-                progress(seen, total)
-
-
-Chunk = tuple[int, Sequence[int], Sequence[Any] | np.ndarray]  # source, numbers and places of some of its records
-
-
-def _chunks(job: Job) -> list[Chunk]:
-    chunks: list[Chunk] = []
-    for number, source in enumerate(job.sources):
-        places = source.places()
-        taken = sample_indices(len(places), source.strategy, seed=[job.config.seed, number])
-        for start in range(0, len(taken), CHUNK):
-            numbers = taken[start : start + CHUNK]
-            wanted = places[numbers] if isinstance(places, np.ndarray) else [places[i] for i in numbers]
-            chunks.append((number, numbers, wanted))
-    return chunks
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def examine(job: Job, chunk: Chunk) -> Finding:
     number, numbers, places = chunk
     source = job.sources[number]
     rows: list[dict[str, Any]] = []
-    faults: list[Fault] = []
+    found = Finding(None, [])
     for index, raw in zip(numbers, read(source, places), strict=True):
         entry = None
         try:
             entry = parse(raw, where(source, index))
-            row = _row(job, number, index, entry)
+            record, row = _pair_row(job, number, index, entry) if job.config.dpo is not None else _row(job, number, index, entry)
         except BadRecord as error:
-            name = (dataset_name(entry) if isinstance(entry, dict) else "") or source.path.stem
-            named = (str(source.path), number, index, record_id(entry), name, _guess(entry, name))
-            faults.append(Fault(*named, error.kind, str(error), error.path, stamp(error.path) if error.path else None))
+            found.faults.append(_fault(source, number, index, entry, error))
             continue
         except Exception as error:  # a fault of ours, not of the record: it stops the run, and says where
             error.add_note(where(source, index, entry))
             raise
         rows.append(row)
-    return Finding(_to_arrow(rows), faults)
+        if job.headers:
+            try:
+                _look_at(record, job.config.inputs)
+            except BadRecord as error:
+                found.unreadable.append(_fault(source, number, index, entry, error))
+        path = None if job.spec is None else _deciding(record, job.config.inputs, job.spec)
+        if path is not None and not isinstance(path, Packed):  # what is packed changes with its file
+            found.stamps.append((number, row["media"][0], stamp(path)))
+    return replace(found, rows=_to_arrow(rows))
 
 
-def _row(job: Job, number: int, index: int, entry: Any) -> dict[str, Any]:
-    """One record as a row of `schema`. Raises BadRecord."""
+def _fault(source: Source, number: int, index: int, entry: Any, error: BadRecord) -> Fault:
+    name = (dataset_name(entry) if isinstance(entry, dict) else "") or source.path.stem
+    named = (str(source.path), number, index, record_id(entry), name, _guess(entry, name))
+    return Fault(*named, error.kind, str(error), error.path, stamp(error.path) if error.path else None)
+
+
+def _row(job: Job, number: int, index: int, entry: Any) -> tuple[Record, dict[str, Any]]:
+    """A record, and as a row of `schema`. Raises BadRecord."""
     source, config, spec = job.sources[number], job.config, job.spec
     record = check_record(entry, where(source, index, entry), source.folder)
-    if len(record.images) > 1 and _draw(config.seed, number, index) < config.front_share:
-        record = replace(record, turns=pictures_in_front(record.turns))
-    if job.headers:
-        _look_at(record)
-    turns = len(record.turns)
+    kept = record
     if spec is None:
         ids = labels = np.empty(0, dtype=np.int64)
-        length, views = 0, record.media
+        length, views = 0, len(record.images) + (0 if record.video is None else _frames(record, config.inputs))
     else:
-        record, ids, labels, length, views = _encode(record, config, spec)
+        in_front = _draw(config.seed, number, index) < config.front_share
+        kept, ids, labels, length, views = _encode(record, config, spec, in_front)
     supervised = labels != IGNORE
     assert (ids[supervised] == labels[supervised]).all()  # so that spans say it all
-    spans = np.flatnonzero(np.diff(supervised, prepend=False, append=False))
-    return {
+    return record, {
         "source": number,
         "record": index,
         "id": record_id(entry),
         "dataset": record.dataset or source.path.stem,
-        "scenario": SCENARIOS.index(record.scenario),
-        "video": record.video is not None,
-        "dropped": turns - len(record.turns),
-        "media": _names(entry, source)[: record.media],
+        "scenario": SCENARIOS.index(kept.scenario),
+        "video": kept.video is not None,
+        "dropped": len(record.turns) - len(kept.turns),
+        "media": _names(entry, source)[: kept.media],
         "ids": ids,
-        "spans": spans,
+        "spans": np.flatnonzero(np.diff(supervised, prepend=False, append=False)),
         "tokens": length,
         "views": views,
         "labels": int(supervised[1:].sum()),
-        "crc": crc32(repr(record.names).encode() + ids.tobytes() + labels.tobytes()),
+        "crc": crc32(repr(kept.names).encode() + ids.tobytes() + labels.tobytes()),
     }
 
 
-def _encode(record: Record, config: TrainConfig, spec: InputSpec) -> tuple[Record, np.ndarray, np.ndarray, int, int]:
+def _pair_row(job: Job, number: int, index: int, entry: Any) -> tuple[Record, dict[str, Any]]:
+    """The prompt of a preference pair, and the pair as a row of `schema` that has sizes only. Raises BadRecord."""
+    from llava_fast.training.examine_pairs import measure_pair  # which imports this
+
+    source = job.sources[number]
+    assert job.spec is not None
+    record, tokens, views, labels = measure_pair(entry, where(source, index, entry), source.folder, job.config, job.spec)
+    empty = np.empty(0, dtype=np.int64)
+    named = {"source": number, "record": index, "id": record_id(entry), "dataset": record.dataset or source.path.stem}
+    sizes = {"tokens": tokens, "views": views, "labels": labels, "dropped": 0, "crc": 0, "ids": empty, "spans": empty}
+    media = {"scenario": SCENARIOS.index(record.scenario), "video": record.video is not None, "media": []}
+    return record, {**named, **sizes, **media}
+
+
+def _encode(record: Record, config: TrainConfig, spec: InputSpec, in_front: bool) -> tuple[Record, np.ndarray, np.ndarray, int, int]:
     """The record as it is trained on, its ids, labels, tokens and views. With too_long='cut', whole questions and answers are taken off
-    its end, with their pictures, until it fits."""
+    its end, with their pictures, until it fits; only then do the pictures that are left go to the front."""
     limit = min(config.tokens_per_row, spec.max_positions)
     while True:
         visuals = media_layouts(record, config.inputs, spec)
         counts = [len(visuals)] if record.video is not None else [1] * len(record.images)
+        turns = pictures_in_front(record.turns) if in_front and len(record.images) > 1 else record.turns
         try:
             labelled = encode_turns(
-                record.turns, config.template, spec.tokenizer, spec.image_token_id, counts, spec.chat_template, config.inputs.keep_order
+                turns, config.template, spec.tokenizer, spec.image_token_id, counts, spec.chat_template, config.inputs.keep_order
             )
         except ValueError as error:
             raise BadRecord(f"{record.where}: {error}", "template") from error
@@ -236,44 +221,54 @@ def _without_last(record: Record) -> Record:
 
 def media_layouts(record: Record, options: InputOptions, spec: InputSpec) -> list[Visual]:
     """The layouts that `prepare` will give the record's media, from file headers alone. Tiles are for single pictures."""
-    anyres = (spec.anyres if options.anyres is None else options.anyres) and len(record.images) == 1
-    frames, size = 0, (spec.tile, spec.tile)
-    for path in _media_of(record)[:1] if anyres or record.video is not None else ():
-        try:
-            if anyres:
-                size = image_size(read_media(path))
-            else:
-                frames = count_frames(_video(path, options), *video_sampling(options))
-        except ValueError as error:
-            raise BadRecord(f"{record.where}: {error}", "unreadable file", path) from error
+    path = _deciding(record, options, spec)
+    if record.video is not None:
+        frames = _frames(record, options)
+    try:
+        size = (spec.tile, spec.tile) if path is None or record.video is not None else image_size(read_media(path))
+    except ValueError as error:
+        raise BadRecord(f"{record.where}: {error}", "unreadable file", path) from error
     try:
         if record.video is not None:
             return video_layout(frames, spec, options.pool)
-        return [picture_layout(size, spec, anyres)] * len(record.images)
+        return [picture_layout(size, spec, anyres=path is not None)] * len(record.images)
     except ValueError as error:
         raise BadRecord(f"{record.where}: {error}", "layout") from error
 
 
-def _look_at(record: Record) -> None:
+def _deciding(record: Record, options: InputOptions, spec: InputSpec) -> str | None:
+    """The medium whose size decides how many tokens the record takes: a picture that is cut into tiles, a video whose frames count."""
+    if record.video is not None:
+        return record.video if _counted(options) else None
+    anyres = spec.anyres if options.anyres is None else options.anyres
+    return record.images[0] if anyres and len(record.images) == 1 else None
+
+
+def _counted(options: InputOptions) -> bool:
+    """Whether a video's length decides how many frames are taken of it."""
+    return options.num_frames is None and (options.fps is not None or options.frames_upbound is not None)
+
+
+def _frames(record: Record, options: InputOptions) -> int:
+    """Frames that are taken of a record's video, which is opened only where its length decides."""
+    assert record.video is not None
+    try:
+        needed = _counted(options) or not isinstance(record.video, Packed)
+        return count_frames(read_media(record.video) if needed else b"", *video_sampling(options))
+    except ValueError as error:
+        raise BadRecord(f"{record.where}: {error}", "unreadable file", record.video) from error
+
+
+def _look_at(record: Record, options: InputOptions) -> None:
     """Read the headers of a record's media. BadRecord for one that is not a picture or video."""
-    for path in _media_of(record):
+    for path in record.images if record.video is None else (record.video,):
         try:
             if record.video is not None:
-                count_frames(read_media(path), look=True)
+                check_video(read_media(path), *video_sampling(options))
             else:
                 image_size(read_media(path))
         except ValueError as error:
             raise BadRecord(f"{record.where}: {error}", "unreadable file", path) from error
-
-
-def _media_of(record: Record) -> tuple[str, ...]:
-    return record.images if record.video is None else (record.video,)
-
-
-def _video(path: str, options: InputOptions) -> str | bytes:
-    """A packed video is read only where its frames must be counted."""
-    counted = options.num_frames is None and (options.fps is not None or options.frames_upbound)
-    return read_media(path) if counted or "\0" not in path else b""
 
 
 def _draw(*numbers: int) -> float:
@@ -296,7 +291,7 @@ def _guess(entry: Any, dataset: str) -> Scenario:
     return Record("", (), () if video else images, str(video) if video else None, images, dataset).scenario
 
 
-def stamp(path: str) -> list[int] | None:
+def stamp(path: str) -> Stamp | None:
     """Bytes and time of change of a file (of a packed medium: of what it is in); None where it is missing."""
     try:
         status = os.stat(path.partition("\0")[0])
@@ -309,88 +304,12 @@ def _to_arrow(rows: list[dict[str, Any]]) -> Any:
     import pyarrow as pa
 
     columns = []
-    for field in schema():
-        values = [row[field.name] for row in rows]
-        if field.name in ("ids", "spans"):
+    for column in schema():
+        values = [row[column.name] for row in rows]
+        if column.name in ("ids", "spans"):
             offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
             flat = np.concatenate([np.empty(0, dtype=np.int64), *values]).astype(np.int32)
             columns.append(pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)))
         else:
-            columns.append(pa.array(values, type=field.type))
+            columns.append(pa.array(values, type=column.type))
     return pa.record_batch(columns, schema=schema())
-
-
-# --- several processes ---
-#
-# Each is a fresh interpreter that talks over its pipes. Not `multiprocessing`: a fork may come while another thread holds a lock, and
-# spawned processes run the caller's script again unless it is guarded.
-
-WORKER = "from llava_fast.training.examine import serve; serve()"
-
-
-@contextlib.contextmanager
-def _processes(job: Job, count: int) -> Iterator[Any]:
-    """A function from chunks to their findings, in order, that keeps `count` processes busy."""
-    if count < 2:
-        yield lambda chunks: (examine(job, chunk) for chunk in chunks)
-        return
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false"}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True)
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER], **pipes) for _ in range(count)]  # type: ignore[call-overload]
-    free: queue.Queue[subprocess.Popen] = queue.Queue()
-    message = pickle.dumps(job)
-
-    def begin(worker: subprocess.Popen) -> None:
-        with contextlib.suppress(OSError):  # it has died: the first chunk finds out
-            worker.stdin.write(message)  # type: ignore[union-attr]
-        free.put(worker)
-
-    def ask(chunk: Chunk) -> Finding:
-        worker = free.get()
-        try:
-            pickle.dump(chunk, worker.stdin)  # type: ignore[arg-type]
-            worker.stdin.flush()  # type: ignore[union-attr]
-            answer = pickle.load(worker.stdout)  # type: ignore[arg-type]
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            records = f"records {chunk[1][0]} to {chunk[1][-1]} of {job.sources[chunk[0]].path}"
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.wait(10)  # its pipe is closed a moment before it has an exit code
-            raise RuntimeError(f"a process that looked at {records} has died (exit code {worker.poll()})") from error
-        finally:
-            free.put(worker)
-        if isinstance(answer, str):
-            raise RuntimeError(answer)
-        return answer
-
-    for worker in workers:
-        begin(worker)
-    pool = ThreadPoolExecutor(count)
-    try:
-        yield lambda chunks: pool.map(ask, chunks)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.kill()
-        pool.shutdown(wait=True)
-        for worker in workers:
-            worker.communicate()
-
-
-def serve() -> None:
-    """The other end: a job from stdin, then chunks, whose findings (or what went wrong) go to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # so that what a library prints is no answer
-    job = pickle.load(sys.stdin.buffer)
-    while True:
-        try:
-            chunk = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        try:
-            answer: Finding | str = examine(job, chunk)
-        except Exception:  # whatever it is, it belongs to the process that asked
-            answer = traceback.format_exc()
-        pickle.dump(answer, answers)
-        answers.flush()

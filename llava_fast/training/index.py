@@ -3,20 +3,28 @@
   <index_dir>/<key>/records.arrow   a row a record, in batches of BATCH rows
                     sizes.arrow     the columns that packing reads, in one batch, so that each is one flat array
                     faults.jsonl    the records that were left out, and why
+                    unreadable.jsonl  those that were not, but have media that a check of all headers found broken
                     index.json      what it was made of
+                    stale           where a run found media that have changed
 
 The key is a hash of the sources' sizes and times of change and of every setting that shapes tokens; no path is part of it, so data that
 were moved are found again (their media are then looked for, once). A folder with its name is complete: it is renamed when it is on disk.
+Media that decide lengths (pictures cut into tiles, videos sampled by rate) are known by size and time of change, STAMPS of them at most:
+they are looked at whenever the index is opened, and the rest when their rows come.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,11 +41,15 @@ from llava_fast.inputs.prepare import InputSpec
 from llava_fast.inputs.records import SCENARIOS, Scenario
 from llava_fast.inputs.sources import Source, find_sources, place_name
 from llava_fast.training.config import TrainConfig
-from llava_fast.training.examine import Fault, Finding, Job, examine_all, schema, stamp
+from llava_fast.training.examine import Fault, Finding, Job, Stamp, schema, stamp
+from llava_fast.training.workers import examine_all
 
-VERSION = 1  # of the files and of what is written in them: a new one makes every index anew
+log = logging.getLogger(__name__)
+VERSION = 2  # of the files and of what is written in them: a new one makes every index anew
 BATCH = 1024
 FLAT = ("tokens", "views", "labels", "scenario", "crc")  # columns of sizes.arrow
+STAMPS = 4096  # media looked at when an index is opened: 20 ms
+ABANDONED = 3600  # seconds without a change after which a partial index is taken to be of a build that was killed
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,9 @@ class Index(Sequence[Entry]):
         # Tokens and views too: a picture cut into more tiles changes no id, but where everything lies in an epoch's rows.
         self.fingerprint = crc32(self.views.tobytes(), crc32(self.tokens.tobytes(), crc32(crc.tobytes())))
         self._records = pa.ipc.open_file(pa.memory_map(str(folder / "records.arrow")))
+        batches = -(-len(self.tokens) // BATCH)
+        if self._records.num_record_batches != batches:
+            raise ValueError(f"{folder / 'records.arrow'} has {self._records.num_record_batches} batches, expected {batches}")
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -101,8 +116,26 @@ class Index(Sequence[Entry]):
 
     @property
     def faults(self) -> list[Fault]:
-        with (self.folder / "faults.jsonl").open(encoding="utf-8") as file:
-            return [Fault(**json.loads(line)) for line in file]
+        return self._faults("faults.jsonl")
+
+    @property
+    def unreadable(self) -> list[Fault]:
+        """Of records that are in the index; those whose media have changed since are not among them."""
+        return [fault for fault in self._faults("unreadable.jsonl") if fault.path is None or fault.stamp == stamp(fault.path)]
+
+    def _faults(self, name: str) -> list[Fault]:
+        """With the sources' names as they are now."""
+        faults = []
+        with (self.folder / name).open(encoding="utf-8") as file:
+            for fault in (Fault(**json.loads(line)) for line in file):
+                now = str(self.sources[fault.source].path)
+                faults.append(dataclasses.replace(fault, file=now, message=now + fault.message.removeprefix(fault.file)))
+        return faults
+
+    def mark_stale(self) -> None:
+        """The next run that stops at bad records makes it anew."""
+        with contextlib.suppress(OSError):  # whoever calls is about to say what is wrong with the media
+            (self.folder / "stale").touch()
 
     def _batch(self, index: int) -> Any:
         with self._lock:  # of loader threads, which share the file's reader
@@ -124,10 +157,12 @@ def open_index(
     sources = find_sources(config.data, config.media_folder)
     folder = index_folder(config, spec, sources)
     with lock(folder):
-        index = _open(folder, sources)
+        index = _open(folder, sources, config)
         if index is None:
             return build_index(Job(tuple(sources), config, spec), folder, on_finding, progress=progress)
     on_finding(Finding(None, index.faults))
+    if config.on_bad_record == "error":  # or the run would stop at its row
+        on_finding(Finding(None, index.unreadable))
     return index
 
 
@@ -137,37 +172,59 @@ def index_folder(config: TrainConfig, spec: InputSpec, sources: Sequence[Source]
 
 
 def index_key(config: TrainConfig, spec: InputSpec, sources: Sequence[Source]) -> str:
-    backend = getattr(spec.tokenizer, "backend_tokenizer", None)
-    tokenizer = backend.to_str() if backend is not None else repr(sorted(spec.tokenizer.get_vocab().items()))
+    drawn = 0 < config.front_share < 1 or any(source.strategy.startswith("random") for source in sources)
+    inputs = dataclasses.replace(config.inputs, image_aspect="squash", allowed_media_hosts=())
     said = [
         VERSION,
         [source.stamp() for source in sources],
-        [config.template, config.seed, config.front_share, config.too_long, config.tokens_per_row, config.views_per_row],
-        dataclasses.asdict(config.inputs),
-        repr(dataclasses.replace(spec, tokenizer=None)),
-        [hashlib.sha256(tokenizer.encode()).hexdigest(), spec.tokenizer.special_tokens_map, spec.tokenizer.chat_template],
+        [config.template, config.seed if drawn else None, config.front_share, config.too_long == "cut"],
+        [config.tokens_per_row, config.views_per_row],
+        dataclasses.asdict(inputs),
+        repr(dataclasses.replace(spec, tokenizer=None, image_processor=None)),  # type: ignore[arg-type]
+        [_vocabulary(spec.tokenizer), spec.tokenizer.special_tokens_map, spec.tokenizer.chat_template],
     ]
     return hashlib.sha256(json.dumps(said, default=str, sort_keys=True).encode()).hexdigest()[:20]
 
 
+def _vocabulary(tokenizer: Any) -> str:
+    """A hash of how a tokenizer cuts text, without whether it truncates or pads: neither is done here."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        said: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        said = {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
+    split = getattr(tokenizer, "split_special_tokens", False)
+    return hashlib.sha256(json.dumps([said, split]).encode()).hexdigest()
+
+
 def build_index(job: Job, folder: Path, on_finding: Callable[[Finding], None], **options: Any) -> Index:
     """Write the index of a job to `folder`, in the place of one that is there. options: of `examine_all`."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed: this one holds the lock
-    partial.mkdir(parents=True)
+    partial = folder.with_name(f"{folder.name}.partial-{socket.gethostname()}-{os.getpid()}")  # a lock may not reach over a network
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that had this number before
     try:
+        partial.mkdir(parents=True)
         write = _Writer(partial)
         for finding in examine_all(job, **options):
             on_finding(finding)
             write.add(finding)
-        write.close({"version": VERSION, "folders": _folders(job.sources), "cut": write.cut})
-        shutil.rmtree(folder, ignore_errors=True)
+        write.close({"folders": _folders(job.sources), "cut": write.cut, "stamps": write.stamps, "faults": write.counts})
+        old = _old(folder)
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.is_dir():
+            os.replace(folder, old)
         os.replace(partial, folder)
+        _folder_to_disk(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:  # a full disk, say
         raise ValueError(f"the index could not be written to {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Index(folder, job.sources)
+
+
+def _old(folder: Path) -> Path:
+    """Where an index is while the one that replaces it takes its name."""
+    return folder.with_name(folder.name + ".old")
 
 
 class _Writer:
@@ -182,13 +239,24 @@ class _Writer:
         self.file = (folder / "records.arrow").open("wb")
         self.records = pa.ipc.new_file(self.file, self.kept)
         self.faults = (folder / "faults.jsonl").open("w", encoding="utf-8")
+        self.unreadable = (folder / "unreadable.jsonl").open("w", encoding="utf-8")
         self.waiting: list[Any] = []
-        self.cut = 0
+        self.cut, self.counts = 0, [0, 0]  # faults left out, and unreadable
         self.flat: dict[str, list[np.ndarray]] = {name: [] for name in FLAT}
+        self.stamps: list[tuple[int, str, Stamp | None]] = []
+        self.every, self.seen = 1, 0
 
     def add(self, finding: Finding) -> None:
-        for fault in finding.faults:
-            self.faults.write(json.dumps(dataclasses.asdict(fault)) + "\n")
+        for number, (file, faults) in enumerate(((self.faults, finding.faults), (self.unreadable, finding.unreadable))):
+            self.counts[number] += len(faults)
+            for fault in faults:
+                file.write(json.dumps(dataclasses.asdict(fault)) + "\n")
+        for stamped in finding.stamps:  # all of few, and of many every n-th
+            if self.seen % self.every == 0:
+                self.stamps.append(stamped)
+            self.seen += 1
+            if len(self.stamps) > STAMPS:
+                self.stamps, self.every = self.stamps[::2], 2 * self.every
         if finding.rows is None or not finding.rows.num_rows:
             return
         for name in FLAT:
@@ -220,10 +288,10 @@ class _Writer:
             with pa.ipc.new_file(file, pa.schema(types)) as sizes:
                 sizes.write_batch(pa.record_batch([pa.array(column) for column in flat], schema=pa.schema(types)))
             _to_disk(file)
-        (self.folder / "index.json").write_text(json.dumps(facts))
-        for opened in (self.file, self.faults):
+        for opened in (self.file, self.faults, self.unreadable):
             _to_disk(opened)
             opened.close()
+        _write_facts(self.folder, facts)
 
 
 def _to_disk(file: Any) -> None:
@@ -231,15 +299,68 @@ def _to_disk(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _open(folder: Path, sources: Sequence[Source]) -> Index | None:
-    """The index in a folder; None where there is none, or media have come, gone or changed since that would change it."""
+def _folder_to_disk(folder: Path) -> None:
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _write_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """In one go, so that whoever reads them finds the old or the new ones."""
+    with (folder / "index.json.new").open("w", encoding="utf-8") as file:
+        json.dump(facts, file)
+        _to_disk(file)
+    os.replace(folder / "index.json.new", folder / "index.json")
+    _folder_to_disk(folder)
+
+
+def _open(folder: Path, sources: Sequence[Source], config: TrainConfig) -> Index | None:
+    """The index in a folder; None where there is none, or it cannot be read or would not be the same today."""
+    _clean_up(folder)
     if not folder.is_dir():
         return None
-    index = Index(folder, sources)
-    moved = index.facts["folders"] != _folders(sources)
+    try:
+        index = Index(folder, sources)
+        why = _changed(index, config)
+    except (OSError, ValueError, KeyError, TypeError) as error:  # files that are cut short, or not ours
+        why = f"it cannot be read ({type(error).__name__}: {error})"
+    if why is not None:
+        log.warning("the index %s is made anew: %s", folder, why)
+        return None
+    folders = _folders(sources)
+    if index.facts["folders"] != folders:
+        _write_facts(folder, {**index.facts, "folders": folders})
+    return index
+
+
+def _clean_up(folder: Path) -> None:
+    """What a process left that was killed while it wrote an index: the one before it gets its name back, and a partial one goes."""
+    if not folder.is_dir() and _old(folder).is_dir():
+        os.replace(_old(folder), folder)
+    for partial in folder.parent.glob(folder.name + ".partial-*"):
+        with contextlib.suppress(OSError):  # gone by now
+            changed = max(path.stat().st_mtime for path in (partial, *partial.iterdir()))
+            if time.time() - changed > ABANDONED:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _changed(index: Index, config: TrainConfig) -> str | None:
+    """Why an index would not be the same if it were made today. Raises as its files do where they cannot be read."""
+    lines = [(index.folder / name).read_bytes().count(b"\n") for name in ("faults.jsonl", "unreadable.jsonl")]
+    if lines != index.facts["faults"]:
+        raise ValueError(f"{lines} faults, expected {index.facts['faults']}")
+    if (index.folder / "stale").exists() and config.on_bad_record == "error":
+        return "a run found media that have changed"
+    for source, name, old in index.facts["stamps"]:
+        path = _resolve(name, index.sources[source])
+        if (None if old is None else list(old)) != stamp(path):
+            return f"{path} has changed"
+    moved = index.facts["folders"] != _folders(index.sources)
     if any(fault.path is not None and (moved or fault.stamp != stamp(fault.path)) for fault in index.faults):
-        return None  # what was missing or unreadable may be there by now
-    return None if moved and not _all_there(index) else index
+        return "media that were missing or unreadable may be there by now"
+    return "not all of its media are where its sources are now" if moved and not _all_there(index) else None
 
 
 def _all_there(index: Index) -> bool:
