@@ -363,6 +363,6 @@ def test_parquet_is_read_by_row_groups_where_it_lies(tmp_path, monkeypatch):
                     assert one == (written and "0.jpg") and not isinstance(one, Packed)
                 else:
                     assert isinstance(one, Packed) and read_media(one) == written["bytes"]
-        types = [media._cells(str(file), group)[column].type for group in range(3)]
+        types = [media._cells(media.open_rows(str(file)), group)[column].type for group in range(3)]
         assert [("bytes" in str(kind)) for kind in types] == [False, True, column == "images"]
         assert media._group.cache_info().maxsize == media._cells.cache_info().maxsize == 1

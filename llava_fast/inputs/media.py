@@ -59,7 +59,6 @@ class ParquetRows:
     def __init__(self, path: str):
         import pyarrow.parquet
 
-        self.path = path
         self.file = pyarrow.parquet.ParquetFile(path, memory_map=True)
         self.lock = threading.Lock()  # loader threads share the reader
         groups = self.file.metadata.num_row_groups
@@ -71,12 +70,12 @@ class ParquetRows:
     def cells(self, row: int) -> dict[str, Any]:
         """Arrow scalars by column. A picture whose bytes lie in the file may be without them."""
         group, at = self._place(row)
-        table = _cells(self.path, group)
+        table = _cells(self, group)
         return {name: table[name][at] for name in table.column_names}
 
     def cell(self, row: int, column: str) -> Any:
         group, at = self._place(row)
-        return _group(self.path, group, (column,))[column][at]
+        return _group(self, group, column)[column][at]
 
     def _place(self, row: int) -> tuple[int, int]:
         group = int(np.searchsorted(self.ends, row, side="right"))
@@ -84,16 +83,14 @@ class ParquetRows:
 
 
 @functools.lru_cache(maxsize=1)  # pictures of a row group are tens of megabytes
-def _group(path: str, number: int, columns: tuple[str, ...]) -> Any:
-    rows = open_rows(path)
+def _group(rows: ParquetRows, number: int, column: str) -> Any:
     with rows.lock:
-        return rows.file.read_row_group(number, columns=list(columns))
+        return rows.file.read_row_group(number, columns=[column])
 
 
 @functools.lru_cache(maxsize=1)
-def _cells(path: str, number: int) -> Any:
+def _cells(rows: ParquetRows, number: int) -> Any:
     """A row group's columns, without the bytes of pictures where its statistics say that every picture has some."""
-    rows = open_rows(path)
     leaves = [rows.file.metadata.schema.column(i).path for i in range(rows.file.metadata.num_columns)]
     pictures = {leaf.partition(".")[0]: i for i, leaf in enumerate(leaves) if re.fullmatch(r"images?\.(.+\.)?bytes", leaf)}
     with rows.lock:
