@@ -16,7 +16,7 @@ help: ## this list
 
 # Without a GPU the CUDA extension could not run: not compiling it makes the demo start sooner.
 # Threads that sleep instead of spinning: on a busy machine of two cores a step takes 0.3 s with them and 4 s without.
-demo: ## install, train a small model on four kinds of generated visual questions, answer held-out ones
+demo: ## install, train a small model through every stage on generated visual questions, answer held-out ones
 	@if ! nvidia-smi -L >/dev/null 2>&1; then export LLAVA_FAST_CUDA=$${LLAVA_FAST_CUDA:-0}; fi; $(MAKE) --no-print-directory $(STAMP)
 	OMP_WAIT_POLICY=passive $(BIN)/llava-fast demo
 

@@ -328,7 +328,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="where checkpoint, pictures and results go")] = Path("runs/demo"),
     seed: int = 0,
 ) -> None:
-    """Train a small interleave model from nothing on generated data, answer held-out questions, compare with transformers."""
+    """Train a small model from nothing through every stage on generated data, measure each, compare answers with transformers."""
     from llava_fast.demo.run import run
 
     raise typer.Exit(run(out, seed=seed))

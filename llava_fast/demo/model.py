@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,23 +31,43 @@ def write_records(asked: Sequence[Question], folder: Path, name: str) -> Path:
     """<name>.json in LLaVA's format and its media; a video is a folder of frames."""
     records = []
     for number, question in enumerate(asked):
-        place = f"{name}/{number:05d}"
-        media: dict[str, str | list[str]]
-        if question.is_video:
-            media = {"video": place}
-            paths = [f"{place}/{i}.png" for i in range(len(question.pictures))]
-            marks = "<video>"
-        else:
-            paths = [f"{place}-{i}.png" for i in range(len(question.pictures))]
-            media = {"image": paths if len(paths) > 1 else paths[0]}
-            marks = "<image>" * len(paths)
-        for path, picture in zip(paths, question.pictures, strict=True):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / path, compress_level=1)
-        turns = [{"from": "human", "value": f"{marks}\n{question.text}"}, {"from": "gpt", "value": question.answer}]
+        media, prompt = _write_media(question, folder, f"{name}/{number:05d}")
+        turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": question.answer}]
         records.append({"id": number, **media, "conversations": turns})
-    target = folder / f"{name}.json"
-    target.write_text(json.dumps(records))
+    return _write(records, folder / f"{name}.json")
+
+
+def write_pairs(asked: Sequence[Question], folder: Path, name: str, worse: str) -> Path:
+    """<name>.json of preference pairs, and their media: an answer is rejected where `worse` ends it."""
+    records = []
+    for number, question in enumerate(asked):
+        media, prompt = _write_media(question, folder, f"{name}/{number:05d}")
+        records.append({"id": number, **media, "prompt": prompt, "chosen": question.answer, "rejected": question.answer + worse})
+    return _write(records, folder / f"{name}.json")
+
+
+def _write_media(question: Question, folder: Path, place: str) -> tuple[dict[str, str | list[str]], str]:
+    """The fields that name a question's pictures, and its text with their marks."""
+    if not question.pictures:
+        return {}, question.text
+    media: dict[str, str | list[str]]
+    if question.is_video:
+        media, paths, marks = {"video": place}, [f"{place}/{i}.png" for i in range(len(question.pictures))], "<video>"
+    else:
+        paths = [f"{place}-{i}.png" for i in range(len(question.pictures))]
+        media, marks = {"image": paths if len(paths) > 1 else paths[0]}, "<image>" * len(paths)
+    for path, picture in zip(paths, question.pictures, strict=True):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / path, compress_level=1)
+    return media, f"{marks}\n{question.text}"
+
+
+def _write(records: list[dict], target: Path) -> Path:
+    """Where it is, all that it names is."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(records))
+    os.replace(partial, target)
     return target
 
 

@@ -1,16 +1,18 @@
 """Generated visual questions in four scenarios. None can be answered without its pictures, and none from one view of them alone.
 
-multi-image  odd one out: three pictures, one of another colour          what changed: two pictures, an object's colour or nothing
+multi-image  each: the colours of three pictures, in order              what changed: two pictures, an object's colour or nothing
 video        where to: a dot moves from one corner to the next           order: colours appear one after the other
 3D views     corner: a box on a floor, seen from the front (left or right) and from its right side (front or back)
 one picture  weave: threads of two complementary colours in alternate rows of pixels; they cancel where the picture is halved, so
-             that only the full-resolution tiles show them
+             that only the full-resolution tiles show them                where: which colours are in which corners
+
+What the first stages learn from has no questions: captions of single pictures, and the same in words alone.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +21,12 @@ from PIL import Image, ImageDraw
 SIDE = 32  # pixels along one side of a view
 FRAMES = 4
 COLOURS = {"red": (220, 50, 50), "green": (60, 190, 70), "blue": (60, 90, 230), "yellow": (230, 210, 60)}
-ORDINALS = ("first", "second", "third")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 # Complementary colours: grey plus and minus these add up to grey.
 THREADS = {"red and cyan": (110, 0, 0), "green and magenta": (0, 110, 0), "blue and yellow": (0, 0, 110), "black and white": (80, 80, 80)}
 # Fades in and out over its rows: a hard edge would leave 15 levels of its colour in the halved picture.
 FADE = np.sin(np.pi * (np.arange(SIDE) + 0.5) / SIDE) ** 2
+HEDGE = ", I think"  # may end an answer: see stages.py
 Rng = np.random.Generator
 
 
@@ -41,17 +43,32 @@ class Question:
     is_video: bool = False
 
 
-def odd_one_out(rng: Rng) -> Question:
-    common, other = rng.choice(list(COLOURS), 2, replace=False)
-    odd = int(rng.integers(3))
-    colours = [str(other if i == odd else common) for i in range(3)]
+def where(rng: Rng) -> Question:
+    """Two squares; its answer is the picture's caption."""
+    picture, corners = _ground(rng), sorted(int(corner) for corner in rng.permutation(4)[:2])
+    colours = [str(colour) for colour in rng.choice(list(COLOURS), 2)]
+    for colour, corner in zip(colours, corners, strict=True):
+        _square(picture, colour, _corner(corner) + rng.uniform(-2, 2, 2), rng.uniform(5, 7))
+    answer = ", ".join(f"{colour} {PLACES[corner]}" for colour, corner in zip(colours, corners, strict=True))
+    picture = picture.resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST)
+    return Question("one picture", "where", "Which colours are where?", answer, (picture,), 1 / 96)
+
+
+def in_words(picture: Image.Image) -> str:
+    """What each of the base view's patches shows, as its middle tells: a colour or nothing."""
+    known, cell = {levels: colour for colour, levels in COLOURS.items()}, picture.width // 4
+    middles = np.asarray(picture)[cell // 2 :: cell, cell // 2 :: cell].reshape(-1, 3).tolist()
+    return " ".join(known.get((red, green, blue), "nothing") for red, green, blue in middles)
+
+
+def colour_of_each(rng: Rng) -> Question:
+    colours = [str(colour) for colour in rng.choice(list(COLOURS), 3)]
     pictures = []
     for colour in colours:
         picture, radius = _ground(rng), rng.uniform(6, 9)
         _square(picture, colour, rng.uniform(radius, SIDE - radius, 2), radius)
         pictures.append(picture)
-    answer = f"{', '.join(colours)}: {ORDINALS[odd]}"
-    return Question("multi-image", "odd one out", "Which picture is the odd one out?", answer, tuple(pictures), 1 / 3)
+    return Question("multi-image", "each", "Which colour does each picture show?", ", ".join(colours), tuple(pictures), 1 / 64)
 
 
 def what_changed(rng: Rng) -> Question:
@@ -126,14 +143,26 @@ def woven(ground: np.ndarray, top: int, left: int, threads: str) -> Image.Image:
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-TASKS: tuple[Callable[[Rng], Question], ...] = (odd_one_out, what_changed, where_to, order, corner, weave)
+Task = Callable[[Rng], Question]
+TASKS: tuple[Task, ...] = (colour_of_each, what_changed, where_to, order, corner, weave, where)
 SCENARIOS = ("multi-image", "video", "3D views", "one picture")
+SPLITS = (
+    "train",
+    "held out",
+    "pictures",
+    "texts",
+    "captions",
+    "single pictures",
+    "preferences",
+    "held-out captions",
+    "held-out preferences",
+)
 
 
-def questions(count: int, seed: int, split: str) -> list[Question]:
-    """`count` questions, the tasks in turn. 'train' and 'held out' draw from streams of their own."""
-    streams = [np.random.default_rng([seed, ("train", "held out").index(split), task]) for task in range(len(TASKS))]
-    return [TASKS[i % len(TASKS)](streams[i % len(TASKS)]) for i in range(count)]
+def questions(count: int, seed: int, split: str, tasks: Sequence[Task] = TASKS) -> list[Question]:
+    """`count` questions, the tasks in turn. Each split draws from streams of its own."""
+    streams = [np.random.default_rng([seed, SPLITS.index(split), task]) for task in range(len(tasks))]
+    return [tasks[i % len(tasks)](streams[i % len(tasks)]) for i in range(count)]
 
 
 def _ground(rng: Rng) -> Image.Image:

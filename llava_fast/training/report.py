@@ -86,6 +86,7 @@ class Report:
     def __init__(self, config: TrainConfig, total: int, done: int, silent: bool = False):
         folder = Path(config.output_dir)
         self.every, self.total, self.silent = config.log_every, total, silent
+        self.name = folder.resolve().name
         self.console = Console() if config.progress and not silent else None
         self.bar: Progress | None = None
         self.boards: list[Any] = []
@@ -95,9 +96,15 @@ class Report:
         for path in (self.path, self.held_out):
             _forget_steps_after(path, done)
         if self.console is not None and self.console.is_terminal:
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(None), TextColumn("{task.fields[line]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description} step"),
+                MofNCompleteColumn(),
+                BarColumn(None),
+                TextColumn("{task.fields[line]}"),
+                TimeRemainingColumn(),
+            )
             self.bar = Progress(*columns, console=self.console)
-            self.task = self.bar.add_task("train", total=total, completed=done, line="")
+            self.task = self.bar.add_task(self.name, total=total, completed=done, line="")
         self.boards = [*([_TensorBoard(folder, done)] if config.tensorboard else []), *([_Wandb(config)] if config.wandb else [])]
         self.said = time.monotonic()
 
@@ -125,7 +132,7 @@ class Report:
         if self.bar is not None:
             self.bar.update(self.task, completed=last.step, line=last.line())
         elif self.console is not None and (time.monotonic() - self.said > 10 or last.step in (self.every, self.total)):
-            self.say(f"step {last.step}/{self.total}  {last.line()}")
+            self.say(f"{self.name} step {last.step}/{self.total}  {last.line()}")
             self.said = time.monotonic()
 
     def validated(self, step: int, losses: Mapping[str, float]) -> None:
@@ -135,7 +142,7 @@ class Report:
             file.write(json.dumps({"step": step, **losses}) + "\n")
         for board in self.boards:
             board.add(step, {f"validation/{name}": loss for name, loss in losses.items()})
-        self.say(f"step {step}/{self.total}  validation: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        self.say(f"{self.name} step {step}/{self.total}  validation: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
 
     def say(self, message: str) -> None:
         if self.console is not None:
