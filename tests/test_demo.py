@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import llava_fast as lf
 from llava_fast.demo import stages
-from llava_fast.demo.measure import as_request, is_right, quarters, transformers_answers, untouched
+from llava_fast.demo.measure import MAX_NEW_TOKENS, as_request, is_right, quarters, transformers_answers, untouched
 from llava_fast.demo.model import make_checkpoint, write_records
 from llava_fast.demo.run import faults, run
 from llava_fast.demo.scenes import HEDGE, SCENARIOS, SIDE, TASKS, THREADS, in_words, questions, where, woven
@@ -101,7 +101,7 @@ def test_records_train_and_answers_agree_with_transformers(tmp_path):
     assert result.steps == 4 and result.losses[-1] < result.losses[0]
     model = lf.load(tmp_path / "out")
     mine = [q for q in questions(28, 0, "held out") if not q.is_video]
-    completions = lf.generate(model, [as_request(q) for q in mine], max_new_tokens=24)
+    completions = lf.generate(model, [as_request(q) for q in mine], max_new_tokens=MAX_NEW_TOKENS)
     assert [c.token_ids for c in completions] == transformers_answers(tmp_path / "out", mine)
     # Frames are pooled 2 x 2: a quarter of the rows.
     clip = next(q for q in questions(28, 0, "held out") if q.is_video)
