@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import results
+from bench import goals, results
 from bench.limits import Limits, describe
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
-NOT_MEASURED = "not measured"
 GREY = "#808080"  # text and axes: readable on white and on black
 
 Result = dict[str, Any]
@@ -84,7 +83,7 @@ def _find(known: Mapping[str, Result], line: Line) -> Mapping[str, Any] | None:
 
 def _row(line: Line, m: Mapping[str, Any] | None) -> str:
     if m is None:
-        return f"| {line.label} | {NOT_MEASURED} | | |"
+        return f"| {line.label} | {goals.NOT_MEASURED} | | |"
     ratio = m.get(f"ratio_{line.quantity}", m.get("ratio"))
     assert ratio is not None, line
     unit = line.quantity.rpartition("_")[2]
@@ -112,11 +111,12 @@ def times(ratio: float) -> str:
 
 
 def page(known: Mapping[str, Mapping[str, Result]]) -> str:
-    """Everything that was measured, a section a file."""
+    """The goals, then everything that was measured, a section a file."""
     parts = [
         "# What was measured",
         "Rendered by `make report` from the files in [bench/results/](../bench/results/). Ratios are baseline over ours, medians of runs "
         "in turns; the share is of the limit that the same run measured first.",
+        *goals.section(known.get("cpu", {})),
     ]
     for kind in ("cpu", "cuda"):
         parts.append(f"## {'CPU' if kind == 'cpu' else 'GPU'}")

@@ -1,0 +1,126 @@
+"""What the figures are held against: goals that were set before anything was measured, met or not. docs/performance.md prints them.
+
+A goal's measured value is the worst over the measurements that it names: a bound that one shape breaks is not met.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """what: a line.  bound: the least (or, at_most, the greatest) value that meets it.
+    result, measurements: the result file's name and a pattern of its measurements' names (fnmatch, [ and ] as they are).
+    key: what is read of each, a pattern too; inverse: 1 over it (a memory ratio 'baseline over ours' as 'ours over baseline').
+    unit: 'x', '%' or what the number counts.
+    """
+
+    what: str
+    bound: float
+    result: str
+    measurements: str
+    key: str = "ratio"
+    unit: str = "x"
+    at_most: bool = False
+    inverse: bool = False
+
+    def values(self, known: Mapping[str, Mapping[str, Any]]) -> list[float]:
+        """Of every file whose name matches `result` (a pattern too)."""
+        found = [m for name, result in known.items() if fnmatchcase(name, self.result) for m in result["measurements"]]
+        pattern = self.measurements.replace("[", "[[]")
+        values = [m[key] for m in found if fnmatchcase(m["name"], pattern) for key in m if fnmatchcase(key, self.key)]
+        return [1 / value for value in values] if self.inverse else values
+
+    def value(self, known: Mapping[str, Mapping[str, Any]]) -> float | None:
+        values = self.values(known)
+        return (max if self.at_most else min)(values) if values else None
+
+    def met(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+    def shown(self, value: float) -> str:
+        if self.unit == "%":
+            return f"{value:.0%}"
+        digits = f"{value:,.0f}" if abs(value) >= 20 else f"{value:.3g}"
+        return f"{digits}x" if self.unit == "x" else f"{digits} {self.unit}"
+
+
+STEP, MEMORY = "ratio_step_s", "ratio_anon_bytes"
+CPU: dict[str, tuple[Goal, ...]] = {
+    "One request": (
+        Goal("two photographs, to the first token, against transformers", 1.25, "first_token", "first_token_05b*", "ratio_first_token_s"),
+        Goal("decode at 1,500 tokens, bf16 weights, results equal to fp32, against transformers", 3, "model", "test_decode[bf16]"),
+        Goal("the same, share of read bandwidth", 0.75, "model", "test_decode[bf16]", "of_limit", "%"),
+        Goal("decode with int8 weights and a bf16 cache, against transformers", 5.5, "model", "test_decode[int8]"),
+        Goal("the same, share of read bandwidth", 0.75, "model", "test_decode[int8]", "of_limit", "%"),
+        Goal("vision tower, against transformers", 1.3, "model", "test_vision_tower[*]"),
+        Goal("prompt of 1,500 tokens, against transformers", 1.12, "model", "test_prefill"),
+    ),
+    "Ops": (
+        Goal("products of many rows, fp32, share of the FMA limit", 0.85, "linear", "test_many_rows[*float32]", "of_limit", "%"),
+        Goal("spatial pooling, share of copy bandwidth", 0.8, "spatial_pool", "test_spatial_pool[*", "of_limit", "%"),
+        Goal("norms and activations, share of copy bandwidth", 0.8, "rowwise", "test_*ward[*", "of_limit", "%"),
+        Goal("attention of packs of 8, forward, against padded SDPA", 4, "varlen_attention", "test_pack_forward[*"),
+        Goal("the same with its gradient", 4, "varlen_attention", "test_pack_forward_and_backward[*"),
+        Goal("loss at 4 % labels of 8,192 rows, against all rows", 18, "linear_cross_entropy", "test_linear_cross_entropy_at_4*"),
+        Goal("its memory, of theirs", 0.1, "linear_cross_entropy", "linear_cross_entropy_memory", "ratio_mb", "%", True, True),
+    ),
+    "Many requests": (
+        Goal("a second question on four photographs, as people use transformers", 150, "second_question", "*_as_used", "ratio_s"),
+        Goal("the same, against features and a cache kept by hand", 1.5, "second_question", "*_by_hand", "ratio_s"),
+        Goal("32 requests shaped like M4, against padded batches", 2, "engine", "many_requests_m4", "ratio_requests_per_s"),
+        Goal("their peak memory, of theirs", 0.5, "engine", "many_requests_m4", MEMORY, "%", True, True),
+        Goal("8 requests of 256 new tokens, decode step", 3, "engine", "many_requests_long", "ratio_decode_ms"),
+        Goal("the same, end to end", 1.9, "engine", "many_requests_long", "ratio_total_s"),
+    ),
+    "Training": (
+        Goal("a step of 2,407 tokens, against transformers' padded one", 6, "training_padded", "training_padded_2407*", STEP),
+        Goal("its peak memory, of theirs", 0.35, "training_padded", "training_padded_2407*", MEMORY, "%", True, True),
+        Goal("a step of 2,407 tokens, against a padding-free loop by hand", 1.5, "training_2407", "training_padding_free*", STEP),
+        Goal("a step of 5,523 tokens, likewise", 2.2, "training_5523", "training_padding_free*", STEP),
+        Goal("their peak memory, of theirs", 0.9, "training_*", "training_padding_free*", MEMORY, "%", True, True),
+        Goal("step time over that of its operations, from 1,000 to 16,000 tokens", 0.75, "training_operations", "*", "ratio_*_s", "%"),
+        Goal("a preference pair with 8 pictures, against both conversations whole", 1.6, "preferences", "preferences_*", STEP),
+    ),
+}
+# What a GPU is to show. Names are those that the suites will write there.
+GPU: dict[str, tuple[str, ...]] = {
+    "One H200": (
+        "attention d=72 over 64 views: 300 useful TFLOP/s forward in Triton, 340 in CUDA C++ (240 backward)",
+        "attention d=128, causal, 4k: 340 forward and 220 backward in Triton, 550 and 430 in CUDA C++",
+        "cross-entropy of label rows at 7b: 550 TFLOP/s; norms and pooling 85 % of copy bandwidth",
+        "7b, one request at 1k context: 240 tokens/s; 0.5b: 2,000; 16 pictures to the first token in 60 ms; 700 views/s",
+        "256 requests on 7b: 90 % of step time on the device",
+        "7b full fine-tuning on one card at rows of 16k tokens: 40 % of 989 TFLOP/s (0.5b: 35 %), 1.3x the loop by hand",
+    )
+}
+
+
+def table(goals: Iterable[Goal], known: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = ["| goal | at | measured | |", "|---|---|---|---|"]
+    for goal in goals:
+        value, bound = goal.value(known), f"{'at most' if goal.at_most else 'at least'} {goal.shown(goal.bound)}"
+        verdict = ("met" if goal.met(value) else "**not met**") if value is not None else ""
+        rows.append(f"| {goal.what} | {bound} | {NOT_MEASURED if value is None else goal.shown(value)} | {verdict} |")
+    return "\n".join(rows)
+
+
+def section(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Goals of the CPU with what was measured (the worst of the shapes that a goal names), then those of a GPU."""
+    every = [goal for goals in CPU.values() for goal in goals]
+    met = sum(value is not None and goal.met(value) for goal in every for value in [goal.value(known)])
+    parts = [
+        "## Goals",
+        f"Set before anything was measured; {met} of {len(every)} are met on the CPU. A goal's value is its worst shape's.",
+    ]
+    for name, goals in CPU.items():
+        parts += [f"**{name}**", table(goals, known)]
+    for name, lines in GPU.items():
+        parts += [f"**{name}** ({NOT_MEASURED})", "\n".join(f"- {line}" for line in lines)]
+    return parts
