@@ -53,7 +53,7 @@ format: $(STAMP) ## rewrite the sources as lint wants them
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 bench: $(STAMP) ## the limits of this machine, then every benchmark against its baseline
-	$(BIN)/python -m bench.limits
+	$(BIN)/python -m llava_fast.limits
 	$(BIN)/python -m pytest bench --benchmark-only
 
 bench-check: $(STAMP) ## measure again, and fail where a ratio fell by more than 7 % against the committed one

@@ -17,8 +17,8 @@ import pytest
 
 from bench import results
 from bench.full_size import make_full_size
-from bench.limits import Limits, describe, probe, seconds
 from bench.paired import Paired, rounds_for
+from llava_fast.limits import Limits, describe, probe, seconds
 from llava_fast.memory import keep_freed_memory
 
 M_MMAP_MAX, MAPS = -4, 65536  # malloc.h, and glibc's default

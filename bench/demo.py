@@ -14,7 +14,7 @@ from statistics import mean
 from typing import Any
 
 from bench import results
-from bench.limits import describe, probe
+from llava_fast.limits import describe, probe
 
 SEEDS = (0, 1, 2)
 

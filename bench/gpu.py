@@ -28,8 +28,9 @@ from typing import Any
 
 import torch
 
-from bench import limits, results
+from bench import results
 from bench.cases import CASES, Case, work_of_backward
+from llava_fast import limits
 
 ROOT = Path(__file__).parent.parent
 STAGES = {"build": 150, "correctness": 130, "kernels": 160, "model": 80}  # seconds; with starting up, under nine minutes

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.limits import seconds
+from llava_fast.limits import seconds
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import goals, results
-from bench.limits import Limits, describe
+from llava_fast.limits import Limits, describe
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
@@ -57,8 +57,12 @@ LINES = (
     Line("loss of 8,192 rows at 4 % labels, with its gradients", "linear_cross_entropy", "test_linear_cross_entropy_at_4_percent_labels"),
     Line("its memory beyond the weight's gradient", "linear_cross_entropy", "linear_cross_entropy_memory", "mb"),
     Line("attention of a training batch of 8, and its gradient", "varlen_attention", "test_pack_forward_and_backward[16]"),
-    Line("a training step of 2,407 tokens \\*\\*\\*", "training_2407", "training_padding_free_2407_4layers", "step_s"),
+    Line("a training step of 2,407 tokens, against the padded one \\*\\*\\*", "training_padded", "training_padded_2407_4layers", "step_s"),
+    Line("its peak memory (anonymous) \\*\\*\\*", "training_padded", "training_padded_2407_4layers", "anon_bytes"),
+    Line("the same, against a loop by hand \\*\\*\\*", "training_2407", "training_padding_free_2407_4layers", "step_s"),
     Line("its peak memory (anonymous) \\*\\*\\*", "training_2407", "training_padding_free_2407_4layers", "anon_bytes"),
+    Line("a step of 5,523 tokens, likewise \\*\\*\\*", "training_5523", "training_padding_free_5523_4layers", "step_s"),
+    Line("the same with a decoder of 12 layers", "training_5523_12layers", "training_padding_free_5523_12layers", "step_s"),
 )
 
 

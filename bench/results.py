@@ -8,7 +8,7 @@ A file is one object:
     device        kind 'cpu' or 'cuda', name, driver (cuda), threads, isa (cpu)
     versions      python, torch, transformers, triton, llava_fast (null: not installed), cuda (null: torch without it)
     settings      of the run, whatever is needed to repeat it
-    limits        bench.limits.Limits of the machine, from the same run
+    limits        llava_fast.limits.Limits of the machine, from the same run
     measurements  list of objects with `name` and numbers; units are in the keys (_ms, _s, _gbs, _bytes), ratios are baseline / ours
 """
 
@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from bench.limits import Limits
+from llava_fast.limits import Limits
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "results"

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from bench.full_size import config_05b
-from bench.limits import seconds
 from llava_fast.batch import Sample, pack
 from llava_fast.config import LlavaConfig, from_hf
 from llava_fast.engine.engine import Engine
 from llava_fast.engine.sequence import Prompt
+from llava_fast.limits import seconds
 from llava_fast.models.llava import Llava
 from llava_fast.requests import SamplingParams
 

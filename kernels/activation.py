@@ -224,7 +224,7 @@ def _run(x: Tensor, kind: str) -> Tensor:
     name = registry.resolve_name("activation", x.device.type, x.dtype)
     if name == "reference":
         return activation_reference(x, kind)
-    if registry.in_graph(x):
+    if registry.as_op(x):
         return _activation(x, kind, name)
     return _LAUNCHERS[name][0](x, kind)
 

@@ -411,7 +411,7 @@ def linear(
     if out is None and rows is not None:
         raise ValueError("rows are rows of `out`, and none was given")
     name = registry.resolve_name("linear", x.device.type, x.dtype, kind)
-    graph = registry.in_graph(x, matrix, bias, residual)
+    graph = registry.as_op(x, matrix, bias, residual)
     if out is not None:
         return _write(name, out, x, weight, matrix, scale, bias, residual, kind, group, act, rows)
     if name == "reference":
@@ -493,7 +493,7 @@ def _write(
         if rows.numel() and rows.device.type == "cpu" and not 0 <= int(rows.min()) <= int(rows.max()) < out.shape[0]:
             raise ValueError(f"rows must be 0 to {out.shape[0] - 1}, got {int(rows.min())} to {int(rows.max())}")
         return out.index_copy_(0, rows, made.reshape(-1, O))
-    if torch.compiler.is_compiling():
+    if registry.as_op():
         _linear_into(flat, x_MI, matrix, scale, bias, residual_MO, kind, group, act or "", rows, name)
     else:
         _launch(name, flat, x_MI, matrix, scale, bias, residual_MO, kind, group, act or "", rows, None)

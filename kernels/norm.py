@@ -293,7 +293,7 @@ def _run(x: Tensor, residual: Tensor | None, weight_D: Tensor, bias_D: Tensor | 
     name = registry.resolve_name("norm", x.device.type, x.dtype, D)
     if name == "reference":
         return norm_reference(x, residual, weight_D, bias_D, eps)
-    if registry.in_graph(x, residual, weight_D, bias_D):
+    if registry.as_op(x, residual, weight_D, bias_D):
         out, total, _ = _norm(x, residual, weight_D, bias_D, eps, name)
         return out, total
     out, total, _ = _LAUNCHERS[name][0](x, residual, weight_D, bias_D, eps, False)

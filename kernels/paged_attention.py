@@ -248,6 +248,6 @@ def paged_attention(
     scale = d**-0.5 if scale is None else float(scale)
     call = (q_THd, k_cache, v_cache, block_table.contiguous(), cu_seqlens_q.contiguous(), seqlens_k.contiguous(), scale)
     factors = [None if factor is None else factor.contiguous() for factor in (k_scale, v_scale)]
-    if registry.in_graph():
+    if registry.as_op():
         return _paged_attention(*call, *factors, name)
     return _LAUNCHERS[name](*call, *factors)

@@ -185,4 +185,4 @@ def patchify(
     name = registry.resolve_name("patchify", views.device.type, views.dtype)
     if name == "reference":
         return patchify_reference(normalise(views, mean, std, rescale) if views.dtype == torch.uint8 else views, patch, dtype, padded)
-    return (_patchify if registry.in_graph(views) else _forward_triton)(views, patch, mean, std, rescale, dtype, padded)
+    return (_patchify if registry.as_op(views) else _forward_triton)(views, patch, mean, std, rescale, dtype, padded)

@@ -588,7 +588,7 @@ def project(
         return project_reference(*tensors, source, rows, text_rows, token_ids, resamples, act)
     sources = [cells.contiguous() for _, cells, _ in resamples]
     sizes, modes = [n for _, _, size in resamples for n in size], ",".join(mode for mode, _, _ in resamples)
-    if registry.in_graph(*tensors):
+    if registry.as_op(*tensors):
         return _project(*tensors, source, rows, text_rows, token_ids, sources, sizes, modes, act or "", name)[0]
     flat = [None if t is None else t.contiguous() for t in (*tensors, source, rows, text_rows, token_ids)]
     return _forward(*flat, _Maps(sources, sizes, modes), act or "", False, name)[0]  # type: ignore[call-arg, arg-type]

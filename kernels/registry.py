@@ -77,7 +77,7 @@ _ops: dict[str, Mapping[str, Implementation]] = {}
 _shapes: dict[str, Sequence[Hashable]] = {}
 _overrides: dict[str, str] = {}  # of the innermost use()
 _resolved: dict[tuple[Any, ...], str] = {}
-_of_thread = threading.local()  # .invariant
+_of_thread = threading.local()  # .invariant, .visible
 
 
 def register(op: str, implementations: Mapping[str, Implementation], shapes: Sequence[Hashable] = (None,)) -> None:
@@ -209,6 +209,21 @@ def in_graph(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return True
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def as_op(*tensors: Tensor | None) -> bool:
+    """`in_graph`, or inside `visible`: whether a call that could be direct goes through its custom op."""
+    return in_graph(*tensors) or getattr(_of_thread, "visible", False)
+
+
+@contextmanager
+def visible() -> Iterator[None]:
+    """Inside, in this thread, every op that has a custom op goes through it, so that dispatch modes (a profile) see it."""
+    before, _of_thread.visible = getattr(_of_thread, "visible", False), True
+    try:
+        yield
+    finally:
+        _of_thread.visible = before
 
 
 @contextmanager

@@ -271,7 +271,7 @@ def _run(q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     name = registry.resolve_name("rope", q.device.type, q.dtype)
     if name == "reference":
         return rope_reference(q, k, cos, sin)
-    if registry.in_graph(q, k):
+    if registry.as_op(q, k):
         q_out, k_out = _rope(q, k, cos, sin, False, name)
         return q_out, None if k is None else k_out
     q, k = _last_contiguous(q), None if k is None else _last_contiguous(k)

@@ -438,7 +438,7 @@ def varlen_attention(
     tensors = (q_THd, k_KGd, v_KGd, cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous())
     indices = [None if tensor is None else tensor.contiguous() for tensor in (q_index, seqused_k, prefix)]
     scale = d**-0.5 if scale is None else float(scale)
-    if registry.in_graph(q_THd, k_KGd, v_KGd):
+    if registry.as_op(q_THd, k_KGd, v_KGd):
         out, lse = _varlen_attention(*tensors, causal, *indices, scale, name)
     else:
         out, lse = _LAUNCHERS[name][0](*tensors, causal, *indices, scale)

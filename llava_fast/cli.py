@@ -1,4 +1,4 @@
-"""`llava-fast`: demo, generate, data, train, convert, info."""
+"""`llava-fast`: demo, generate, data, train, convert, info, bench."""
 
 from __future__ import annotations
 
@@ -321,6 +321,45 @@ def show_kernels(as_json: bool) -> None:
         print(f"{op} ({device}, {dtype}{kinds}): {name}, {reason}")
         for other, why in others:
             print(f"    {other}: {why}")
+
+
+bench = typer.Typer(no_args_is_help=True, help="Where the time goes on this machine.")
+app.add_typer(bench, name="bench")
+
+
+@bench.command("profile")
+def profile(
+    model: Model,
+    tokens: Annotated[int, typer.Option(help="of the prefill, and before the decoded token")] = 1500,
+    training_tokens: Annotated[int | None, typer.Option(help="also a training step on a row of so many")] = None,
+    out: Annotated[Path | None, typer.Option(help="a .png of it")] = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantise: Annotated[Literal["int8", "int4", "fp8"] | None, typer.Option(help="the decoder's weights in fewer bits")] = None,
+) -> None:
+    """Where the time of the tower, a prefill, a decode step and a training step goes: each op's share, and how near it is to its limit."""
+    from llava_fast.limits import describe, probe
+    from llava_fast.profile import draw
+    from llava_fast.profile import profile as measure
+
+    if out is not None and (out.suffix != ".png" or not out.parent.is_dir()):
+        raise ValueError(f"--out must be a .png in a directory that exists, got {out}")
+    loaded = llava_fast.load(model, device=device, dtype=dtype, quantise=quantise)
+    limits = probe(loaded.device.type)
+    console = Console()
+    console.print(describe(limits), markup=False)
+    phases = measure(loaded, limits, tokens, training_tokens)
+    for phase in phases:
+        table = Table("op", "calls", "ms", "share", "of its limit", "bound by", title=f"{phase.name}: {phase.seconds * 1e3:,.1f} ms")
+        for op in phase.ops:
+            if op.seconds >= 0.005 * phase.seconds:
+                share = f"{op.seconds / phase.seconds:.0%}"
+                table.add_row(op.name, str(op.calls), f"{op.seconds * 1e3:,.1f}", share, f"{op.of_limit:.0%}" if op.limit else "", op.bound)
+        table.add_row("between ops", "", f"{phase.between * 1e3:,.1f}", f"{phase.between / phase.seconds:.0%}", "", "")
+        console.print(table)
+    if out is not None:
+        draw(phases, out)
+        console.print(f"drew {out}", markup=False)
 
 
 @app.command()

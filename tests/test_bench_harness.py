@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import limits, memory, paired, results
+from bench import memory, paired, results
+from llava_fast import limits
 
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
@@ -58,11 +59,11 @@ def test_paired_fixture_in_a_run(tmp_path: Path) -> None:
     (tmp_path / "bench_order.py").write_text(
         """
 import types
-import bench.limits
+import llava_fast.limits
 def test_order(paired, limits, benchmark, monkeypatch):
     limits("cpu")
     now, calls = [0.0], []
-    monkeypatch.setattr(bench.limits, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))  # a clock that only spend() moves
+    monkeypatch.setattr(llava_fast.limits, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))  # a clock that only spend() moves
     def spend(name, seconds):
         calls.append(name)
         now[0] += seconds
@@ -74,8 +75,8 @@ def test_order(paired, limits, benchmark, monkeypatch):
 """
     )
     script = f"""
-import sys, pytest, bench.limits, bench.results, pathlib
-bench.limits.CPU_BYTES, bench.limits.CPU_GEMM = 1 << 22, 128
+import sys, pytest, llava_fast.limits, bench.results, pathlib
+llava_fast.limits.CPU_BYTES, llava_fast.limits.CPU_GEMM = 1 << 22, 128
 bench.results.RESULTS = pathlib.Path({str(tmp_path)!r}) / "results"
 arguments = ["--benchmark-only", "-p", "bench.conftest", "-p", "no:cacheprovider", "-p", "no:xdist", "-c", "/dev/null"]
 sys.exit(pytest.main([*arguments, "--seconds", "0.01", "--record", "order", {str(tmp_path / "bench_order.py")!r}]))

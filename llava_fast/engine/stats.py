@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
 
 from llava_fast import memory
 from llava_fast.kernels.linear import Quantised
+from llava_fast.limits import best
 from llava_fast.models.llava import Llava
 
 if TYPE_CHECKING:
@@ -131,14 +130,7 @@ def cpu_limits() -> tuple[float, float]:
     source = memory.empty((1 << 26,), torch.float32, torch.device("cpu")).fill_(1)
     square = torch.ones(1024, 1024)
 
-    def best(run: Callable[[], object]) -> float:
-        times = [time.perf_counter()]
-        for _ in range(5):
-            run()
-            times.append(time.perf_counter())
-        return min(after - before for before, after in pairwise(times))
-
-    return source.nbytes / best(source.sum) / 1e9, 2 * 1024**3 / best(lambda: square @ square) / 1e9
+    return source.nbytes / best(source.sum, "cpu") / 1e9, 2 * 1024**3 / best(lambda: square @ square, "cpu") / 1e9
 
 
 def latencies(values: Iterable[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What the machine at hand can do at best: the figures that every benchmark is held against. `python -m bench.limits`
+"""What the machine at hand can do at best: the figures that every benchmark is held against. `python -m llava_fast.limits`
 
 read, copy: bytes a second from and to main or device memory, out of cache (a copy counts both ways). gemm: square products
 through torch, in operations a second (two a multiply-add). fma: fp32 multiply-adds in registers, CPU only.
