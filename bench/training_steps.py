@@ -67,12 +67,14 @@ def with_llava_fast(checkpoint: str, row: str, steps: int) -> dict[str, Any]:
     from llava_fast import checkpoint as files
     from llava_fast.batch import Sample
     from llava_fast.engine.dropin import pack_marked
+    from llava_fast.memory import keep_freed_memory
     from llava_fast.models.llava import Llava
     from llava_fast.training.batches import Row
     from llava_fast.training.config import TrainConfig
     from llava_fast.training.flops import row_flops
     from llava_fast.training.step import LabelLoss, make_optimizer, prepare_parameters, train_step
 
+    keep_freed_memory(all=True)  # as fit does
     model = files.load(Llava, checkpoint, device="cpu", dtype=torch.float32)
     config = TrainConfig("m", "a.json", "out", **CONFIG)
     trained = prepare_parameters(model, config, "fp32")
@@ -94,7 +96,7 @@ def with_transformers(side: str, checkpoint: str, row: str, steps: int) -> dict[
     from bench.baselines import training
     from llava_fast.memory import keep_freed_memory
 
-    keep_freed_memory()  # as loading does on the other side
+    keep_freed_memory(all=True)  # as training does on the other side
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).train()
     model.model.vision_tower.requires_grad_(False)
     make, loss_of = {

@@ -25,6 +25,7 @@ from llava_fast.engine.runner import Runner
 from llava_fast.kernels import registry
 from llava_fast.kernels.linear import Quantised
 from llava_fast.limits import Limits
+from llava_fast.memory import keep_freed_memory
 from llava_fast.models.llava import Llava
 from llava_fast.training.batches import Row
 from llava_fast.training.config import TrainConfig
@@ -252,6 +253,7 @@ def _decode(step: Any, inputs: Sequence[Tensor], tokens: int, device: torch.devi
 
 
 def _training(model: Llava, tokens: int, device: torch.device, limits: Limits) -> Phase:
+    keep_freed_memory(all=True)  # as fit does
     views = min(-(-tokens // 1000), (tokens - 1) // model.config.patches)
     config = TrainConfig("m", "a.json", "out", lr=1e-9, lr_vision_tower="frozen", weight_decay=0.0)
     trained = prepare_parameters(model.train(), config, "fp32" if device.type == "cpu" else "bf16")

@@ -17,6 +17,7 @@ import torch
 
 from llava_fast import checkpoint
 from llava_fast.checks import require
+from llava_fast.memory import keep_freed_memory
 from llava_fast.models.llava import Llava
 from llava_fast.quantise import is_quantised
 from llava_fast.training.batches import Dataset, ahead, make_steps, plan_epoch, total_steps
@@ -186,6 +187,8 @@ def fit(
     device, folder, ranks = torch.device(device), Path(config.output_dir), ranks or Ranks()
     if is_quantised(model) and not (adapters(model) and ranks.world == 1):
         raise ValueError("a quantised model cannot be trained: load it without quantise, or train adapters on it, in one process")
+    if device.type == "cpu":
+        keep_freed_memory(all=True)
     folder.mkdir(parents=True, exist_ok=True)
     skipped = skipped or Skipped(folder, ranks)
     on_bad = skipped if config.on_bad_record == "skip" else None
