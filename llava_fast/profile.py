@@ -255,7 +255,7 @@ def _decode(step: Any, inputs: Sequence[Tensor], tokens: int, device: torch.devi
 def _training(model: Llava, tokens: int, device: torch.device, limits: Limits) -> Phase:
     keep_freed_memory(all=True)  # as fit does
     views = min(-(-tokens // 1000), (tokens - 1) // model.config.patches)
-    config = TrainConfig("m", "a.json", "out", lr=1e-9, lr_vision_tower="frozen", weight_decay=0.0)
+    config = TrainConfig("m", ("a.json",), "out", lr=1e-9, lr_vision_tower="frozen", weight_decay=0.0)
     trained = prepare_parameters(model.train(), config, "fp32" if device.type == "cpu" else "bf16")
     optimizer = make_optimizer(trained.masters, config)
     packed = Row(row_of(model, tokens, views, max(1, tokens // 27)).to(device), (0,), (0, 1))
