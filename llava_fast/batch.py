@@ -181,6 +181,13 @@ class PackedBatch:
     def num_sequences(self) -> int:
         return self.cu_seqlens.shape[0] - 1
 
+    @property
+    def num_views(self) -> int:
+        """Those whose features are known already among them."""
+        if self.features is not None:
+            return self.features.rows.shape[0]
+        return 0 if self.views is None else self.views.shape[0]
+
     def to(self, device: torch.device | str) -> PackedBatch:
         moved: dict[str, Any] = {
             field.name: value.to(device) if hasattr(value := getattr(self, field.name), "to") else value

@@ -6,9 +6,11 @@ inference only, and is not saved.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llava_fast.kernels.linear import Quantised, quantise
 from llava_fast.models.layers import Linear
@@ -18,6 +20,15 @@ GROUPS: dict[str, int | None] = {"int8": None, "int4": 32, "fp8": None}  # colum
 
 def is_quantised(model: Any) -> bool:
     return any(isinstance(getattr(module, "weight", None), Quantised) for module in model.modules())
+
+
+def quantised_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """The numbers and scales of quantised weights, which are no parameters, by name."""
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Quantised):
+            yield f"{name}.weight", weight.weight
+            yield f"{name}.scale", weight.scale
 
 
 @torch.no_grad()

@@ -355,7 +355,74 @@ def test_metrics_are_reported(checkpoints, folder, tmp_path):
     assert seen[-1]["rewards/margins"] == pytest.approx(seen[-1]["rewards/chosen"] - seen[-1]["rewards/rejected"], abs=1e-4)
 
 
+def test_held_out_pairs_by_scenario(checkpoints, folder, tmp_path):
+    """Losses, rewards, accuracies and margins of each kind of pair are those of its pairs alone, whatever their numbers of views."""
+    pairs = [{**pair, "id": f"{pair['id']}{i}", "chosen": answer} for i, answer in enumerate(("yes", "green", "red")) for pair in PAIRS[:4]]
+    held_out, data = write(folder, pairs, "held_out.json"), write(folder, PAIRS)
+    settings = fields(checkpoints["qwen"], data, tmp_path / "run", max_steps=6, lr=1e-3, validation_data=held_out, validate_every=3)
+    result = lf.train(settings)
+    model, fresh = lf.load(tmp_path / "run", dtype=torch.float32), lf.load(checkpoints["qwen"], dtype=torch.float32)
+    kinds = {"one": "single-image", "alike": "multi-image", "video": "video", "text": "text"}
+    expected: dict = {}
+    for pair in pairs:
+        alone = as_config(fields("m", write(folder, [pair], "alone.json"), tmp_path, epochs=1))
+        (row,) = next(make_steps(index_pairs(alone, model.input_spec), alone, Position())).rows
+        with torch.no_grad():
+            loss, sums = PreferenceLoss(DpoOptions(), pair_logps(fresh, row))(model, row)
+        for name in (kinds[pair["id"][:-1]], "all"):
+            for key, value in {name: loss, **{f"{name}/{key}": value for key, value in sums.items()}}.items():
+                expected.setdefault(key, []).append(value.item())
+    assert result.validation.keys() == expected.keys() and len(expected) == 5 * 9
+    assert result.validation == {name: pytest.approx(np.mean(values), rel=1e-4, abs=1e-6) for name, values in expected.items()}
+    assert 0 < result.validation["all/rewards/accuracies"] < 1 or result.validation["all/rewards/margins"] != 0
+    first, last = [json.loads(line) for line in (tmp_path / "run" / "validation.jsonl").read_text().splitlines()]
+    assert first["step"] == 3 and {name: last[name] for name in expected} == result.validation
+
+
+def test_the_line_says_what_preferences_are_judged_by(checkpoints, folder, tmp_path, capsys):
+    data = write(folder, PAIRS)
+    lf.train(fields(checkpoints["qwen"], data, tmp_path, max_steps=1, validation_data=data, progress=True))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "validation:" in line]
+    assert "multi-image 0.693" in line and "all/rewards/accuracies" in line and "all/rewards/margins" in line and "logps" not in line
+
+
+def test_pairs_that_are_too_long_are_left_out_and_counted(checkpoints, folder, tmp_path, capsys):
+    long, wide = {**PAIRS[3], "id": "long", "prompt": "What are these? " * 200}, {**PAIRS[1], "id": "wide", "images": ["0.png"] * 3}
+    data = write(folder, [PAIRS[3], long, wide, PAIRS[0]], "long.json")
+    changes = {"too_long": "skip", "views_per_row": 2}
+    result = lf.train(fields(checkpoints["qwen"], data, tmp_path, epochs=1, progress=True, **changes))
+    assert result.samples == 2 and len(result.skipped) == 2
+    assert "2 pairs, left out: 1 too long, 1 too many views" in capsys.readouterr().out
+    assert [name in line for name, line in zip(("'long'", "'wide'"), (tmp_path / "skipped.txt").read_text().splitlines(), strict=True)]
+    with pytest.raises(ValueError, match="'long'.*more than tokens_per_row 400"):
+        index_pairs(as_config(fields("m", data, tmp_path)), lf.load(checkpoints["qwen"]).input_spec)
+    broken = write(folder, [PAIRS[3], {"prompt": "a"}], "broken.json")
+    with pytest.raises(ValueError, match="lacks chosen, rejected"):
+        index_pairs(as_config(fields("m", broken, tmp_path, **changes)), lf.load(checkpoints["qwen"]).input_spec)
+
+
+def test_pairs_are_kept_in_memory_within_the_budget(checkpoints, folder, tmp_path):
+    data, spec = write(folder, PAIRS), lf.load(checkpoints["qwen"]).input_spec
+    kept, read = (index_pairs(as_config(fields("m", data, tmp_path, cache_mb=mb)), spec) for mb in (16, 0))
+    first = [kept.load(i) for i in range(5)]
+    assert all(kept.load(i) is first[i] for i in range(5))
+    assert all(read.load(i) is not read.load(i) for i in range(5))
+
+
 # --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"too_long": "cut"}, "too_long must be 'refuse' or 'skip' where there is dpo"),
+        ({"front_share": 0.5}, r"front_share must be 0 where there is dpo.*got 0\.5"),
+        ({"index_dir": "x"}, "index_dir must be None where there is dpo.*got 'x'"),
+    ],
+)
+def test_settings_of_records_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        as_config({"model": "m", "data": "a.json", "output_dir": "o", "dpo": True, **changes})
 
 
 def talk(*texts):

@@ -24,7 +24,7 @@ from llava_fast.models.llava import Llava
 from llava_fast.training.batches import Position, make_steps
 from llava_fast.training.config import as_config
 from llava_fast.training.dataset import index_records
-from llava_fast.training.lora import adapters, attach, load_adapter, merge, save_adapter, without_adapters
+from llava_fast.training.lora import adapters, attach, decoder_linears, load_adapter, merge, save_adapter, without_adapters
 from llava_fast.training.options import LINEARS, LoraOptions
 from llava_fast.training.step import prepare_parameters
 
@@ -263,7 +263,38 @@ def test_adapters_of_peft_are_read(directory, tmp_path):
         model = lf.load(directory, dtype=torch.float32)
         load_adapter(model, tmp_path)
         same(model(input_ids=IDS).logits, expected)
-    save_adapter(model, tmp_path / "again", LoraOptions(r=3, alpha=5), str(directory))
+    # Written again, what differs among them is said as peft says it.
+    next(iter(adapters(model))).scale *= 2
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits
+    save_adapter(model, tmp_path / "again", str(directory))
+    written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    layers = len(model.language_model.layers)
+    assert written["r"] == 3 and sorted(written["rank_pattern"].values()) == [2] * layers and [*written["alpha_pattern"].values()] == [10]
+    again = peft.PeftModel.from_pretrained(
+        LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32), tmp_path / "again"
+    )
+    with torch.no_grad():
+        same(again.eval()(input_ids=IDS).logits, expected)
+        same(lf.load(tmp_path / "again", dtype=torch.float32)(input_ids=IDS).logits, expected)
+
+
+@pytest.mark.parametrize("kept", [["layers.1"], ["q_proj", "layers.0.mlp.up_proj"]])
+def test_adapters_of_some_layers_are_those_that_peft_makes(checkpoints, tmp_path, kept):
+    model = adapted(checkpoints["qwen"])
+    names = [name for name, linear in decoder_linears(model)]
+    for name in names:
+        if not any(part in name for part in kept):
+            model.get_submodule(name).lora = None
+    save_adapter(model, tmp_path, str(checkpoints["qwen"]))
+    hf = LlavaForConditionalGeneration.from_pretrained(checkpoints["qwen"], dtype=torch.float32)
+    again = peft.PeftModel.from_pretrained(hf, tmp_path).eval()
+    assert sum("lora_A" in name for name, _ in again.named_parameters()) == len(adapters(model)) < len(names)
+    with torch.no_grad():
+        same(again(input_ids=IDS).logits, model(input_ids=IDS).logits)
+    merge(model)
+    with pytest.raises(ValueError, match="has no adapters to save"):
+        save_adapter(model, tmp_path / "none", "base")
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
@@ -310,7 +341,7 @@ def test_merged_models_are_saved_and_adapters_alone_are_not(checkpoints, tmp_pat
     ],
 )
 def test_configurations_that_are_refused(checkpoints, tmp_path, change, message):
-    save_adapter(adapted(checkpoints["qwen"]), tmp_path, LoraOptions(**OPTIONS), str(checkpoints["qwen"]))
+    save_adapter(adapted(checkpoints["qwen"]), tmp_path, str(checkpoints["qwen"]))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **change}))
     with pytest.raises(ValueError, match=message):
@@ -318,7 +349,7 @@ def test_configurations_that_are_refused(checkpoints, tmp_path, change, message)
 
 
 def test_tensors_that_do_not_fit_are_named_and_change_nothing(checkpoints, tmp_path):
-    save_adapter(adapted(checkpoints["qwen"]), tmp_path, LoraOptions(**OPTIONS), str(checkpoints["qwen"]))
+    save_adapter(adapted(checkpoints["qwen"]), tmp_path, str(checkpoints["qwen"]))
     file = tmp_path / "adapter_model.safetensors"
     tensors, model = load_file(file), lf.load(checkpoints["qwen"])
     name = "base_model.model.model.language_model.layers.1.mlp.up_proj.lora_A.weight"
@@ -398,7 +429,7 @@ def test_the_reference_keeps_no_widened_weight():
 @pytest.mark.parametrize("base", ["int8", "int4"])
 def test_adapters_over_quantised_weights_train_as_over_the_same_numbers(directory, data, tmp_path, base):
     template = "hf"
-    config = as_config(fields(directory, data, tmp_path / "run", max_steps=8, template=template, lora={**OPTIONS, "base": base}))
+    config = as_config(fields(directory, data, tmp_path / "run", max_steps=20, template=template, lora={**OPTIONS, "base": base}))
     assert config.lora is not None
     result = lf.train(config)
     wide = checkpoint.load(Llava, directory, dtype=torch.float32)
@@ -414,10 +445,31 @@ def test_adapters_over_quantised_weights_train_as_over_the_same_numbers(director
             wide.get_submodule(name).weight.copy_(weight.dequantise())
     from llava_fast.training.loop import fit
 
-    plain = as_config({**fields(directory, data, tmp_path / "wide", max_steps=8, template=template)})
+    plain = as_config({**fields(directory, data, tmp_path / "wide", max_steps=20, template=template)})
     losses = fit(wide, index_records(plain, wide.input_spec), plain).losses
     assert result.losses == pytest.approx(losses, rel=1e-5) and losses[-1] < losses[0]
     assert lf.load(tmp_path / "run")(input_ids=IDS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("base", ["int8", "int4", "fp8"])
+def test_another_base_under_quantised_weights_is_refused_on_resume(checkpoints, data, tmp_path, base):
+    """Of the decoder's linears no parameter is left that could tell."""
+    changes = {"max_steps": 4, "save_every": 2, "lora": {**OPTIONS, "base": base}}
+
+    def stop(metrics):
+        if metrics.step == 3:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        lf.train(fields(checkpoints["qwen"], data, tmp_path / "run", **changes), on_step=stop)
+    hf = LlavaForConditionalGeneration.from_pretrained(checkpoints["qwen"], dtype=torch.float32)
+    with torch.no_grad():
+        hf.model.language_model.layers[1].mlp.up_proj.weight[3].mul_(-1)
+    other = Path(shutil.copytree(checkpoints["qwen"], tmp_path / "other"))
+    hf.save_pretrained(other)
+    with pytest.raises(ValueError, match="base model: "):
+        lf.train(fields(other, data, tmp_path / "run", **changes))
+    assert lf.train(fields(checkpoints["qwen"], data, tmp_path / "run", **changes)).steps == 4
 
 
 def test_merging_over_quantised_weights_is_refused(checkpoints):
@@ -429,7 +481,7 @@ def test_merging_over_quantised_weights_is_refused(checkpoints):
 
 def test_an_adapter_of_a_moved_base_is_read_where_the_base_is(checkpoints, tmp_path):
     base = Path(shutil.copytree(checkpoints["qwen"], tmp_path / "base"))
-    save_adapter(adapted(base), tmp_path / "adapter", LoraOptions(**OPTIONS), str(base))
+    save_adapter(adapted(base), tmp_path / "adapter", str(base))
     shutil.rmtree(base)
     with pytest.raises(ValueError, match="neither a checkpoint directory nor a hub id"):
         lf.load(tmp_path / "adapter")

@@ -184,12 +184,12 @@ def test_samples_kept_in_memory_are_those_of_the_files_and_fit_the_budget(checkp
     model = lf.load(checkpoints["qwen"])
     indexed = index_records(as_config(fields("m", four, tmp_path)), model.input_spec)
     first = [indexed.load(i) for i in range(4)]
-    assert sorted(indexed.kept) == [0, 1, 2, 3]
+    assert sorted(indexed.kept.examples) == [0, 1, 2, 3]
     assert all(indexed.load(i) is first[i] for i in range(4))
     nothing = index_records(as_config(fields("m", four, tmp_path, cache_mb=0)), model.input_spec)
     for i in range(4):
         np.testing.assert_array_equal(nothing.load(i).sequences[0].token_ids, first[i].sequences[0].token_ids)
-    assert not nothing.kept
+    assert not nothing.kept.examples
 
 
 # --- the reference ---

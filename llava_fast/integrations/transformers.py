@@ -35,22 +35,38 @@ from llava_fast.requests import InputOptions, Request
 
 # Of the arguments that the packed forward has no use for: what says the same as position_ids, and what asks for nothing.
 WITHOUT_EFFECT = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "use_cache", "num_items_in_batch"}
+# Hooks that libraries leave on modules and that say nothing here: two ask for a gradient of embeddings, which checkpointing of torch's old
+# kind needs, and one, put there by a forward of transformers' own, collects hidden states, which the packed forward refuses to give.
+HARMLESS_HOOKS = {"make_inputs_require_grads", "make_inputs_require_grad", "output_capturing_hook"}
 HARMLESS = {"return_dict": True, "logits_to_keep": 0, "output_attentions": False, "output_hidden_states": False}
 
 
 class _Shared(Llava):
-    """Our model over the modules and parameters of another. autocast: on a GPU, the dtype that torch.autocast asks for."""
+    """Our model over the modules and parameters of another. autocast: on a GPU, the dtype that torch.autocast asks for.
+    embedding: theirs, where it has hooks (NEFTune's, for one), which are called."""
 
     autocast: torch.dtype | None = None
+    embedding: nn.Module | None = None
 
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.autocast or super().compute_dtype
 
+    def embed(self, batch: PackedBatch) -> Tensor:
+        if self.embedding is None:
+            return super().embed(batch)
+        layout, ids = batch.layout, batch.token_ids
+        rows_TD = self.embedding((ids if layout is None else ids.index_fill(0, layout.rows, self.config.image_token_id))[None])[0]
+        if layout is None:
+            return rows_TD.to(self.compute_dtype)
+        text = layout.text_rows
+        places = torch.zeros_like(ids).index_copy(0, text, torch.arange(text.shape[0], device=ids.device))
+        return self.multi_modal_projector.embed(self.features_of(batch), layout, self.image_newline, places, rows_TD[text])
+
 
 @dataclass
 class _Patched:
-    """What `patch` keeps beside a model: ours, whose linears (by path) are theirs, and whether theirs had a forward of its own."""
+    """What `patch` keeps beside a model: ours, whose linears (by path) are theirs, and the forward of its own that theirs had."""
 
     ours: _Shared
     linears: frozenset[str]
@@ -113,8 +129,12 @@ def _bind(hf: Any) -> _Shared:
         "multi_modal_projector": hf.model.multi_modal_projector,
         "language_model": hf.model.language_model,
     }
+    called: set[nn.Module] = set()
     for name, theirs in parts.items():
-        _share(getattr(state.ours, name), theirs, name, state.linears)
+        _share(getattr(state.ours, name), theirs, name, state.linears, called)
+    embedding = _active(hf.model.language_model.embed_tokens)
+    state.ours.__dict__["embedding"] = embedding if _hooks(embedding) else None
+    _refuse_hooks(hf, {hf, embedding, *called})
     head, table = _plain(_active(hf.lm_head), "lm_head"), state.ours.language_model.embed_tokens.weight
     state.ours._modules["lm_head"] = None if head.weight is table else head
     sample = next(state.ours.parameters())
@@ -126,7 +146,8 @@ def _bind(hf: Any) -> _Shared:
     return state.ours
 
 
-def _share(ours: nn.Module, theirs: nn.Module, name: str, linears: frozenset[str]) -> None:
+def _share(ours: nn.Module, theirs: nn.Module, name: str, linears: frozenset[str], called: set[nn.Module]) -> None:
+    """Give ours the parameters of theirs. called: what stands in for a linear, and is called as it is, is added."""
     theirs = _active(theirs)
     for key in ours._parameters:
         if key not in theirs._parameters:
@@ -139,8 +160,25 @@ def _share(ours: nn.Module, theirs: nn.Module, name: str, linears: frozenset[str
         if path in linears:  # an adapter may stand in for one, save where the projector's op takes the matrices themselves
             other = _active(theirs._modules[key])
             ours._modules[key] = _plain(other, path) if path.startswith("multi_modal_projector.") else other
+            if type(other) is not nn.Linear:
+                called.update(other.modules())
         else:
-            _share(child, theirs._modules[key], path, linears)  # type: ignore[arg-type]
+            _share(child, theirs._modules[key], path, linears, called)  # type: ignore[arg-type]
+
+
+def _refuse_hooks(hf: Any, called: set[nn.Module]) -> None:
+    """ValueError for a hook on a module that is not called: it would be passed over in silence."""
+    for name, module in hf.named_modules():
+        hooks = [] if module in called else _hooks(module)
+        if hooks:
+            raise ValueError(f"{name} has a hook ({hooks[0]}), which the packed forward does not call: remove it, or unpatch the model")
+
+
+def _hooks(module: nn.Module) -> list[str]:
+    """Names of the hooks around a module's forward and backward pass."""
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    names = [getattr(hook, "__name__", type(hook).__name__) for hooks in kinds for hook in hooks.values()]
+    return [name for name in names if name not in HARMLESS_HOOKS]
 
 
 def _active(module: Any) -> Any:

@@ -84,8 +84,20 @@ def call_linear(part: nn.Module, x: Tensor, act: str | None = None) -> Tensor:
         return part(x, act)
     if type(part) is nn.Linear:
         return linear(x, part.weight, part.bias, act=act)
-    y: Tensor = part(x)
+    y = _foreign(part, x)
     return y if act is None else activation(act)(y)
+
+
+def _foreign(part: nn.Module, x: Tensor) -> Tensor:
+    """A module of another library, which takes its weights' dtype alone: in x's where that is the narrower one, as autocast would; else x
+    (in fp32 over bf16 weights on a CPU) is narrowed for it."""
+    stored = next((p.dtype for p in part.parameters() if p.is_floating_point()), x.dtype)
+    if stored == x.dtype:
+        return part(x)
+    if x.dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(x.device.type, dtype=x.dtype):
+            return part(x)
+    return part(x.to(stored)).to(x.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -70,6 +70,25 @@ class Example:
     features: Features | None = None
 
 
+class Kept:
+    """Examples in memory, by the data set's index, as many as `room` bytes hold. The loader's threads share it."""
+
+    def __init__(self, room: int):
+        self.examples: dict[int, Example] = {}
+        self.room = room
+        self.lock = threading.Lock()
+
+    def add(self, index: int, example: Example) -> Example:
+        size = 0 if example.views is None else example.views.nbytes
+        for sample in example.sequences:
+            size += 2 * sample.token_ids.nbytes + sum(visual.source.nbytes for visual in sample.visuals)
+        with self.lock:
+            if size <= self.room:
+                self.examples[index] = example
+                self.room -= size
+        return example
+
+
 @dataclass(frozen=True)
 class Row:
     """A packed row and the indices of the samples in it.
@@ -115,7 +134,8 @@ class Step:
 
     @property
     def views(self) -> int:
-        return sum(0 if row.batch.views is None else row.batch.views.shape[0] for row in self.real)
+        """Shown, whether the tower has to run for them or not."""
+        return sum(row.batch.num_views for row in self.real)
 
     @property
     def labels(self) -> int:

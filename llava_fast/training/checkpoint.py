@@ -1,7 +1,7 @@
 """State of an unfinished run: one folder a checkpoint, complete or absent, from which a run goes on bit for bit.
 
 checkpoint-00000500/
-    state.json       settings, step, place in the data, losses
+    state.json       settings, step, place in the data, losses, the run's identity
     *.distcp         tensors, as torch.distributed.checkpoint writes them: every rank its own, read by any number of ranks
     .metadata        where each piece of each tensor is
 """
@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,7 +34,10 @@ PATTERN = "checkpoint-????????"
 
 @dataclass
 class Run:
-    """The moving state of a run. A checkpoint holds all of it but the counts, which are of this call."""
+    """The moving state of a run. A checkpoint holds all of it but the counts, which are of this call.
+
+    identity: drawn once for a run, whatever its folder is called.
+    """
 
     trained: Trained
     optimizer: torch.optim.Optimizer
@@ -45,6 +49,7 @@ class Run:
     labels: int = 0
     samples: int = 0
     data_wait: float = 0.0
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     def save(self, folder: Path, keep: int, ranks: Ranks) -> Path:
         """Write checkpoint-<step> and delete all but the newest `keep`. Raises OSError, and leaves those before it as they were."""
@@ -53,6 +58,7 @@ class Run:
             "step": self.step,
             "position": dataclasses.asdict(self.position),
             "losses": self.losses,
+            "identity": self.identity,
             "optimizer": self._optimizer_state(Tensor, negate=True),
         }
         return save_state(folder, self.step, self._tensors(ranks.rank), plain, keep, ranks)
@@ -78,6 +84,7 @@ class Run:
             if name.startswith("rng."):
                 (torch.cuda if ".cuda." in name else torch).set_rng_state(tensor)
         self.step, self.position, self.losses = plain["step"], Position(**plain["position"]), plain["losses"]
+        self.identity = plain["identity"]
 
     def _tensors(self, rank: int) -> dict[str, Tensor]:
         tensors = {f"parameters.{name}": master.detach() for name, master in self.trained.masters.items()}

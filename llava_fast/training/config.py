@@ -229,6 +229,10 @@ class TrainConfig:
         if self.lora is not None:
             require(self.lr_decoder is not None, "lr_decoder", self.lr_decoder, "a learning rate where there is lora: the adapters'")
             require(self.lr_vision_tower is None, "lr_vision_tower", self.lr_vision_tower, "'frozen' where there is lora")
+        if self.dpo is not None:  # settings of records that pairs have no use for
+            require(self.too_long != "cut", "too_long", self.too_long, "'refuse' or 'skip' where there is dpo: answers are not cut")
+            require(self.front_share == 0, "front_share", self.front_share, "0 where there is dpo: marks stay where they are")
+            require(self.index_dir is None, "index_dir", self.index_dir, "None where there is dpo: pairs have no index")
         require(self.feature_cache is None or isinstance(self.feature_cache, str), "feature_cache", self.feature_cache, "a folder or None")
         limit = self.feature_cache_gb
         require(limit is None or (is_number(limit) and limit > 0), "feature_cache_gb", limit, "a number > 0 or None")

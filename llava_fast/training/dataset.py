@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from rich.console import Console
@@ -20,7 +19,7 @@ from llava_fast.inputs.media import read_media
 from llava_fast.inputs.prepare import InputSpec, prepare
 from llava_fast.inputs.records import SCENARIOS
 from llava_fast.requests import Request
-from llava_fast.training.batches import Example
+from llava_fast.training.batches import Example, Kept
 from llava_fast.training.config import TrainConfig
 from llava_fast.training.examine import Finding
 from llava_fast.training.index import Index, open_index
@@ -30,17 +29,15 @@ from llava_fast.training.index import Index, open_index
 class RecordData:
     """Checked records of known size: a `batches.Dataset`.
 
-    kept: samples in memory for later epochs, as many as config.cache_mb has room for.
+    kept: samples for later epochs, as many as config.cache_mb has room for.
     """
 
     records: Index
     config: TrainConfig
     spec: InputSpec
-    kept: dict[int, Example] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._room = self.config.cache_mb * 2**20
-        self._lock = threading.Lock()
+        self.kept = Kept(self.config.cache_mb * 2**20)
 
     @property
     def tokens(self) -> np.ndarray:
@@ -62,21 +59,15 @@ class RecordData:
     def load(self, index: int) -> Example:
         """The labelled sample and its uint8 views; ValueError naming the record where its media cannot be read, RuntimeError where
         anything else goes wrong."""
-        if index in self.kept:
-            return self.kept[index]
+        if index in self.kept.examples:
+            return self.kept.examples[index]
         try:
             example = self._make(index)
         except ValueError:
             raise
         except BaseException as error:  # a loader thread's SystemExit would end the run without a word, and name no record
             raise RuntimeError(f"{self.records[index].where}: its loader died of {type(error).__name__}: {error}") from error
-        (sample,), views = example.sequences, example.views
-        size = 2 * sample.token_ids.nbytes + sum(visual.source.nbytes for visual in sample.visuals) + (0 if views is None else views.nbytes)
-        with self._lock:
-            if size <= self._room:
-                self.kept[index] = example
-                self._room -= size
-        return example
+        return self.kept.add(index, example)
 
     def _make(self, index: int) -> Example:
         record, options = self.records[index], dataclasses.replace(self.config.inputs, tokenisation="hf")

@@ -1,8 +1,8 @@
 """Floating-point operations of a row, forward and backward, from the configuration and the true sizes: what MFU and balance count.
 
 A multiply-add is two. Counted are the products that the model's definition needs: of padding, recomputation and the head on rows without
-labels there is none. Attention's backward pass is four products of the forward's two (a kernel that makes the scores again does a fifth,
-which is its own affair). Norms, activations, the optimiser: nothing.
+labels there is none, nor of a tower whose features are known already. Attention's backward pass is four products of the forward's two (a
+kernel that makes the scores again does a fifth, which is its own affair). Norms, activations, the optimiser: nothing.
 
 Shape letters: T rows, R needed rows, L labels, N views, P patches, V vocabulary; seen: keys that a set of rows attends to, summed.
 """
@@ -24,11 +24,12 @@ LABEL_SHARE = 0.037  # of M4-shaped tokens; a guess for rows whose labels are no
 
 @dataclass(frozen=True)
 class Work:
-    """The sizes of a row. tokens T, views N, projected: view rows that meet the projector's second product, needed R, labels L;
-    seen: keys of all T rows together; needed_seen: of the needed ones."""
+    """The sizes of a row. tokens T, views N: in the tower, shown: in the projector (more, where features are known), projected: view rows
+    that meet its second product, needed R, labels L; seen: keys of all T rows together; needed_seen: of the needed ones."""
 
     tokens: int
     views: int
+    shown: int
     projected: int
     needed: int
     labels: int
@@ -38,13 +39,16 @@ class Work:
 
 def work_of(batch: PackedBatch, patches: int) -> Work:
     """The sizes of a packed row on the CPU. A row sees its sequence's prefix and its own sequence up to itself: positions + 1 keys."""
-    views = 0 if batch.views is None else batch.views.shape[0]
+    shown, features = batch.num_views, batch.features
+    # Of a picture that a row shows twice the missing features are made once.
+    views = shown if features is None else len(set(features.keys))
     seen = batch.positions + 1
     pooled = batch.layout is not None and batch.layout.source is not None and all(mode != "max" for mode, _, _ in batch.layout.resamples)
-    projected = batch.layout.rows.shape[0] if pooled and batch.layout is not None else views * patches
+    projected = batch.layout.rows.shape[0] if pooled and batch.layout is not None else shown * patches
     return Work(
         batch.num_tokens,
         views,
+        shown,
         projected,
         batch.needed_rows.shape[0],
         batch.labels.shape[0],
@@ -66,7 +70,7 @@ def work_of_sizes(
     before = np.zeros_like(own) if prefixes is None else np.asarray(prefixes, dtype=np.int64)
     tokens, seen = int(own.sum()), int((own * (own + 1) // 2 + own * before).sum())
     labels = min(tokens, max(1, round(tokens * LABEL_SHARE))) if labels is None else labels
-    return Work(tokens, views, views * patches, labels, labels, seen, round(seen * min(1.0, labels / max(tokens, 1))))
+    return Work(tokens, views, views, views * patches, labels, labels, seen, round(seen * min(1.0, labels / max(tokens, 1))))
 
 
 def row_flops(
@@ -94,7 +98,7 @@ def flops(config: LlavaConfig, work: Work, trained: Collection[str] = PARTS, ada
     """Forward once; backward once more for each product's input that leads to something trained, and for each trained weight."""
     learning = {*trained, *adapted}
     tower_learns = "vision_tower" in learning and work.views > 0
-    projector_learns = tower_learns or ("projector" in learning and work.views > 0)
+    projector_learns = tower_learns or ("projector" in learning and work.shown > 0)
     decoder_learns = projector_learns or "decoder" in learning
 
     def cost(forward: float, part: str, learns: bool, inputs: bool = True) -> float:
@@ -126,7 +130,7 @@ def _tower(config: LlavaConfig, work: Work) -> tuple[float, float]:
 
 def _projector(config: LlavaConfig, work: Work) -> tuple[float, float]:
     features, width = config.vision.width * len(config.feature_layers), config.decoder.width
-    first = 2.0 * work.views * config.patches * features * width
+    first = 2.0 * work.shown * config.patches * features * width
     return first, 2.0 * work.projected * width**2 if config.projector == "mlp2x_gelu" else 0.0
 
 

@@ -19,7 +19,7 @@ from llava_fast import checkpoint
 from llava_fast.checks import require
 from llava_fast.memory import keep_freed_memory
 from llava_fast.models.llava import Llava
-from llava_fast.quantise import is_quantised
+from llava_fast.quantise import is_quantised, quantised_tensors
 from llava_fast.training.batches import Dataset, ahead, make_steps, plan_epoch, total_steps
 from llava_fast.training.checkpoint import Run, list_states
 from llava_fast.training.config import TrainConfig, as_config
@@ -130,14 +130,14 @@ def _index(config: TrainConfig, model: Llava, skipped: Skipped) -> tuple[Dataset
         on_bad = skipped if config.on_bad_record == "skip" else None
         if config.dpo is None:
             return index_records(settings, model.input_spec, on_bad, skipped)
-        return index_pairs(settings, model.input_spec, on_bad)
+        return index_pairs(settings, model.input_spec, on_bad, skipped)
 
     return index(config), index(dataclasses.replace(config, data=config.validation_data)) if config.validation_data else None
 
 
 def _save(model: Llava, config: TrainConfig) -> None:
     if config.lora is not None:
-        save_adapter(model, config.output_dir, config.lora, config.model)
+        save_adapter(model, config.output_dir, config.model)
     else:
         checkpoint.save_pretrained(model, config.output_dir)
 
@@ -242,7 +242,7 @@ def fit(
 
     began = time.perf_counter()
     fill = first_epoch.fill(data.tokens, config.tokens_per_row)
-    with Report(config, total, run.step, silent=not ranks.first) as report, stop_request(ranks.world == 1) as stop:
+    with Report(config, total, run.step, silent=not ranks.first, identity=run.identity) as report, stop_request(ranks.world == 1) as stop:
         report.say(
             f"{len(data.tokens):,} samples, {len(first_epoch.rows):,} rows an epoch ({fill:.1%} full), {total:,} steps, "
             f"{count(trained.working.values()):,} parameters trained in {precision}" + (f", from step {run.step}" if run.step else "")
@@ -279,18 +279,19 @@ def _settings(model: torch.nn.Module, data: Dataset, config: TrainConfig, precis
 
 
 def _base_model(model: torch.nn.Module, stored: torch.dtype) -> str:
-    """What a checkpoint does not hold of a model: its configuration, its parameters' shapes, and the weights that are not trained.
+    """What a checkpoint does not hold of a model: its configuration, its parameters' shapes, and the weights that are not trained,
+    quantised ones among them.
 
     Of a frozen tensor SAMPLED values or a few more are read: 1 ms for 45 M of them, where all take 100.
     """
     shapes = crc32(repr([(name, list(p.shape)) for name, p in model.named_parameters()]).encode())
     config = crc32(repr(getattr(model, "config", None)).encode())
     frozen = 0
-    for _, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", stored).contiguous()
-            frozen = crc32(sample.view(torch.uint8).numpy().tobytes(), frozen)
+    kept = [(parameter.detach(), stored) for parameter in model.parameters() if not parameter.requires_grad]
+    for tensor, dtype in [*kept, *((tensor, tensor.dtype) for _, tensor in quantised_tensors(model))]:
+        flat = tensor.flatten()
+        sample = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", dtype).contiguous()
+        frozen = crc32(sample.view(torch.uint8).numpy().tobytes(), frozen)
     return f"configuration {config:08x}, shapes {shapes:08x}, frozen weights {frozen:08x}"
 
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,16 +88,18 @@ def _merge(name: str, linear: Linear) -> None:
     linear.lora = None
 
 
-def save_adapter(model: Llava, directory: str | os.PathLike, options: LoraOptions, base: str) -> None:
+def save_adapter(model: Llava, directory: str | os.PathLike, base: str) -> None:
     """Write the adapters, and the projector where it is trained, as peft does; base: the checkpoint they belong to.
 
-    Weights are written first, then the configuration, each whole or not at all.
+    Weights are written first, then the configuration, each whole or not at all. Raises ValueError for a model without adapters.
     """
+    adapted = {name: linear.lora for name, linear in decoder_linears(model) if linear.lora is not None}
+    if not adapted:
+        raise ValueError("the model has no adapters to save")
     tensors: dict[str, Tensor] = {}
-    for name, linear in decoder_linears(model):
-        if linear.lora is not None:
-            for letter, matrix in (("A", linear.lora.A), ("B", linear.lora.B)):
-                tensors[f"base_model.model.model.{name}.lora_{letter}.weight"] = matrix
+    for name, lora in adapted.items():
+        for letter, matrix in (("A", lora.A), ("B", lora.B)):
+            tensors[f"base_model.model.model.{name}.lora_{letter}.weight"] = matrix
     whole = [PROJECTOR] if any(parameter.requires_grad for parameter in model.multi_modal_projector.parameters()) else []
     if whole:
         named = checkpoint.hf_state_dict(model)
@@ -105,10 +108,7 @@ def save_adapter(model: Llava, directory: str | os.PathLike, options: LoraOption
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": str(Path(base).resolve()) if Path(base).is_dir() else base,
-        "r": options.r,
-        "lora_alpha": options.alpha,
-        "lora_dropout": options.dropout,
-        "target_modules": rf".*language_model.*\.({'|'.join(options.targets)})",
+        **_shapes(model, adapted),
         "modules_to_save": whole or None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -122,6 +122,24 @@ def save_adapter(model: Llava, directory: str | os.PathLike, options: LoraOption
     partial = folder / f".{CONFIG}.partial"
     partial.write_text(json.dumps(config, indent=2) + "\n")
     os.replace(partial, folder / CONFIG)
+
+
+def _shapes(model: Llava, adapted: dict[str, LowRank]) -> dict[str, Any]:
+    """What peft makes the same adapters of: the most common rank and alpha, and patterns for the others."""
+    ranks = {name: lora.A.shape[0] for name, lora in adapted.items()}
+    alphas = {name: float(f"{lora.scale * ranks[name]:.12g}") for name, lora in adapted.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    kinds = dict.fromkeys(name.rpartition(".")[2] for name in adapted)
+    of_kinds = [name for name, _ in decoder_linears(model) if name.rpartition(".")[2] in kinds]
+    whole = len(of_kinds) == len(adapted)
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": next(iter(adapted.values())).dropout,
+        "rank_pattern": {re.escape(name): own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {re.escape(name): own for name, own in alphas.items() if own != alpha},
+        "target_modules": rf".*language_model.*\.({'|'.join(kinds)})" if whole else rf".*\.({'|'.join(map(re.escape, adapted))})",
+    }
 
 
 def is_adapter(path: str | os.PathLike) -> bool:
@@ -148,7 +166,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{directory} holds a {shown(config.get('peft_type'))} adapter, expected LORA")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{directory}: bias must be 'none', got {shown(config['bias'])}")
-    for name in ("use_dora", "use_rslora", "alpha_pattern", "fan_in_fan_out", "lora_bias"):
+    for name in ("use_dora", "use_rslora", "fan_in_fan_out", "lora_bias"):
         if config.get(name):
             raise ValueError(f"{directory}: {name} is not implemented, got {shown(config[name])}")
     if not isinstance(config.get("lora_alpha"), (int, float)):
@@ -186,8 +204,9 @@ def load_adapter(model: Llava, directory: str | os.PathLike) -> None:
     for name, tensor in whole.items():
         parameters[name].copy_(tensor)
     for name, pair in pairs.items():
-        rank = len(pair["A"])
-        adapter = _adapter(linears[name], rank, config["lora_alpha"] / rank, config.get("lora_dropout", 0.0), model.device)
+        rank, patterns = len(pair["A"]), config.get("alpha_pattern") or {}
+        alpha = next((own for key, own in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config["lora_alpha"])
+        adapter = _adapter(linears[name], rank, alpha / rank, config.get("lora_dropout", 0.0), model.device)
         adapter.A.copy_(pair["A"])
         adapter.B.copy_(pair["B"])
         linears[name].lora = adapter

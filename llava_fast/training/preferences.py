@@ -7,6 +7,7 @@ or, as TRL has them, lists of messages {"role", "content"} with a text or a list
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,16 +15,17 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+from rich.console import Console
 from torch import Tensor
 
 from llava_fast.batch import IGNORE, Sample, Visual, splice
 from llava_fast.checks import shown
 from llava_fast.inputs.labels import Labelled, encode_turns
 from llava_fast.inputs.prepare import InputSpec, prepare
-from llava_fast.inputs.records import Record, Turn, check_record
+from llava_fast.inputs.records import BadRecord, Record, Turn, check_record
 from llava_fast.inputs.templates import IMAGE_MARK
 from llava_fast.requests import Request
-from llava_fast.training.batches import Example
+from llava_fast.training.batches import Example, Kept
 from llava_fast.training.config import TrainConfig
 from llava_fast.training.examine import media_layouts
 
@@ -49,11 +51,22 @@ class PreferenceData:
     spec: InputSpec
     fingerprint: int
 
+    def __post_init__(self) -> None:
+        self.kept = Kept(self.config.cache_mb * 2**20)
+
     def name(self, index: int) -> str:
         return self.records[index][0].where
 
+    def scenario(self, index: int) -> str:
+        return self.records[index][0].scenario
+
     def load(self, index: int) -> Example:
         """ValueError naming the record where its media cannot be read."""
+        if index in self.kept.examples:
+            return self.kept.examples[index]
+        return self.kept.add(index, self._make(index))
+
+    def _make(self, index: int) -> Example:
         record, _ = self.records[index]
         views: Tensor | None = None
         visuals: tuple[Visual, ...] = ()
@@ -79,13 +92,16 @@ class PreferenceData:
         return Example((prompt, *answers), views, (None, 0, 0))
 
 
-def index_pairs(config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], None] | None = None) -> PreferenceData:
+def index_pairs(
+    config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], None] | None = None, note: Callable[[str], None] | None = None
+) -> PreferenceData:
     """Read and check the pairs of a configuration, and count each one's tokens and views from sizes alone.
 
     on_bad: called with the message of each pair that is broken or longer than a row or than the model's context, which is then left out;
-    None: it raises ValueError.
+    None: it raises ValueError.  note: called with the message of each pair that too_long='skip' leaves out.
     """
     records, tokens, views, fingerprint = [], [], [], 0
+    counts: Counter[str] = Counter()
     for path in map(Path, config.data):
         folder = Path(config.media_folder) if config.media_folder is not None else path.parent
         for number, entry in enumerate(_read(path)):
@@ -100,9 +116,13 @@ def index_pairs(config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], No
                 sizes = _sizes(pair, visuals, where, config, spec)
             except ValueError as error:
                 message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-                if on_bad is None:
+                kind = error.kind if isinstance(error, BadRecord) else "not a pair"
+                wanted = config.too_long == "skip" and kind in ("too long", "too many views")
+                said = on_bad or (note or (lambda message: None) if wanted else None)
+                if said is None:
                     raise ValueError(message) from error
-                on_bad(message)
+                said(message)
+                counts[kind] += 1
                 continue
             records.append(sides)
             tokens.append(sizes[0])
@@ -110,6 +130,9 @@ def index_pairs(config: TrainConfig, spec: InputSpec, on_bad: Callable[[str], No
             for part in (pair.prompt, pair.chosen, pair.rejected):
                 fingerprint = crc32(np.array([part.ids, part.labels]).tobytes(), fingerprint)
             fingerprint = crc32(repr(sides[0].names).encode(), fingerprint)
+    if config.progress:
+        left_out = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
+        Console().print(f"{len(records):,} pairs" + (f", left out: {left_out}" if left_out else ""), highlight=False, soft_wrap=True)
     return PreferenceData(records, np.array(tokens, dtype=np.int64), np.array(views, dtype=np.int64), config, spec, fingerprint)
 
 
@@ -190,19 +213,21 @@ def _alike(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def _sizes(pair: Pair, visuals: Sequence[Visual], where: str, config: TrainConfig, spec: InputSpec) -> tuple[int, int]:
-    """Tokens and views of a pair; ValueError where they are too many, or nothing of an answer is supervised."""
+    """Tokens and views of a pair; BadRecord where they are too many, or nothing of an answer is supervised."""
     prompt = len(pair.prompt.ids) - len(visuals) + sum(visual.tokens for visual in visuals)
     chosen, rejected = len(pair.chosen.ids), len(pair.rejected.ids)
     tokens, views = prompt + chosen + rejected, sum(visual.views for visual in visuals)
     if tokens > config.tokens_per_row:
-        raise ValueError(f"{where}: {tokens} tokens, prompt once and both answers, more than tokens_per_row {config.tokens_per_row}")
+        message = f"{where}: {tokens} tokens, prompt once and both answers, more than tokens_per_row {config.tokens_per_row}"
+        raise BadRecord(message, "too long")
     if prompt + max(chosen, rejected) > spec.max_positions:
-        raise ValueError(f"{where}: {prompt + max(chosen, rejected)} tokens, more than the context's {spec.max_positions}")
+        raise BadRecord(f"{where}: {prompt + max(chosen, rejected)} tokens, more than the context's {spec.max_positions}", "too long")
     if config.views_per_row is not None and views > config.views_per_row:
-        raise ValueError(f"{where}: {views} views, more than views_per_row {config.views_per_row}")
+        raise BadRecord(f"{where}: {views} views, more than views_per_row {config.views_per_row}", "too many views")
     for side in (pair.chosen, pair.rejected):
         if all(label == IGNORE for label in pair.prompt.labels[1:] + side.labels):
-            raise ValueError(f"{where}: nothing to learn, no token of an answer is supervised by template {config.template}")
+            message = f"{where}: nothing to learn, no token of an answer is supervised by template {config.template}"
+            raise BadRecord(message, "nothing to learn")
     return tokens, views
 
 

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from zlib import crc32
 
 import torch
 from rich.console import Console
@@ -17,15 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from llava_fast.training.config import TrainConfig
 
+JUDGED = ("all/rewards/accuracies", "all/rewards/margins")
+
 
 @dataclass(frozen=True)
 class StepMetrics:
     """loss: mean over the step's labels.  grad_norm: before clipping.  lr: of the decoder, or of the first part that is trained;
     rates: of all parts.  tokens, views, labels, samples: of the step, all ranks together.
-    seconds: wall time, the mean over the steps that were reported together (a device works behind the program); data_wait: of the
-    step, waiting for rows; tflops: model arithmetic done a second, in 1e12, by all ranks; mfu: its share of what their devices could do
-    in bf16, None where that is not known.  memory: bytes, the most the device held; on the CPU, what the process holds.
-    others: what the objective reports besides, means like the loss."""
+    data_wait: seconds of the step, waiting for rows.  memory: bytes, the most the device held; on the CPU, what the process holds.
+    others: what the objective reports besides, means like the loss.
+    Of the steps that were reported together, since a device works behind the program: seconds: wall time of one in the mean;
+    tokens_per_second, views_per_second; waiting: the share of the time in which there were no rows; tflops: model arithmetic done a
+    second, in 1e12, by all ranks; mfu: its share of what their devices could do in bf16, None where that is not known."""
 
     step: int
     epoch: int
@@ -40,28 +42,29 @@ class StepMetrics:
     others: dict[str, float] = field(default_factory=dict)
     views: int = 0
     rates: dict[str, float] = field(default_factory=dict)
+    tokens_per_second: float = 0.0
+    views_per_second: float = 0.0
+    waiting: float = 0.0
     tflops: float = 0.0
     mfu: float | None = None
     memory: int = 0
 
     def line(self) -> str:
-        seconds = max(self.seconds, 1e-9)
-        parts = [f"loss {self.loss:.4f}", f"lr {self.lr:.2e}", f"{self.tokens / seconds:,.0f} tokens/s"]
-        parts += [f"{self.views / seconds:,.1f} views/s"] if self.views else []
+        parts = [f"loss {self.loss:.4f}", f"lr {self.lr:.2e}", f"{self.tokens_per_second:,.0f} tokens/s"]
+        parts += [f"{self.views_per_second:,.1f} views/s"] if self.views_per_second else []
         parts += [f"MFU {self.mfu:.1%}" if self.mfu is not None else f"{self.tflops:.3g} TFLOP/s"] if self.tflops else []
-        parts += [f"labels {self.labels / max(self.tokens, 1):.1%}", f"data wait {self.data_wait / seconds:.0%}"]
+        parts += [f"labels {self.labels / max(self.tokens, 1):.1%}", f"data wait {self.waiting:.0%}"]
         return "  ".join([*parts, f"{self.memory / 2**30:.2f} GiB"])
 
     def scalars(self) -> dict[str, float]:
         """What TensorBoard and wandb show, by name."""
-        seconds = max(self.seconds, 1e-9)
         values = {
             "loss": self.loss,
             "grad_norm": self.grad_norm,
-            "speed/tokens_per_second": self.tokens / seconds,
-            "speed/views_per_second": self.views / seconds,
+            "speed/tokens_per_second": self.tokens_per_second,
+            "speed/views_per_second": self.views_per_second,
             "speed/tflops": self.tflops,
-            "speed/data_wait": self.data_wait / seconds,
+            "speed/data_wait": self.waiting,
             "memory_gib": self.memory / 2**30,
             **{f"lr/{part}": rate for part, rate in self.rates.items()},
             **self.others,
@@ -83,7 +86,8 @@ def memory_held(device: torch.device) -> int:
 class Report:
     """Context manager around a run; `add` takes the metrics of finished steps. With `silent`, of a rank that is not the first, nothing."""
 
-    def __init__(self, config: TrainConfig, total: int, done: int, silent: bool = False):
+    def __init__(self, config: TrainConfig, total: int, done: int, silent: bool = False, identity: str = ""):
+        """identity: of the run, by which wandb knows one that goes on."""
         folder = Path(config.output_dir)
         self.every, self.total, self.silent = config.log_every, total, silent
         self.name = folder.resolve().name
@@ -105,7 +109,7 @@ class Report:
             )
             self.bar = Progress(*columns, console=self.console)
             self.task = self.bar.add_task(self.name, total=total, completed=done, line="")
-        self.boards = [*([_TensorBoard(folder, done)] if config.tensorboard else []), *([_Wandb(config)] if config.wandb else [])]
+        self.boards = [*([_TensorBoard(folder, done)] if config.tensorboard else []), *([_Wandb(config, identity)] if config.wandb else [])]
         self.said = time.monotonic()
 
     def __enter__(self) -> Report:
@@ -142,7 +146,9 @@ class Report:
             file.write(json.dumps({"step": step, **losses}) + "\n")
         for board in self.boards:
             board.add(step, {f"validation/{name}": loss for name, loss in losses.items()})
-        self.say(f"{self.name} step {step}/{self.total}  validation: " + "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        # Of what is reported besides losses, the line has what preferences are judged by.
+        shown = {name: value for name, value in losses.items() if "/" not in name or name in JUDGED}
+        self.say(f"{self.name} step {step}/{self.total}  validation: " + "  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
 
     def say(self, message: str) -> None:
         if self.console is not None:
@@ -166,15 +172,14 @@ class _TensorBoard:
 
 
 class _Wandb:
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, identity: str):
         try:
             import wandb
         except ImportError as error:
             raise ValueError("wandb: true needs the package wandb: pip install wandb") from error
-        # One id for a folder: a run that goes on is the same run there.
-        folder = Path(config.output_dir).resolve()
-        name, own = folder.name, f"{crc32(str(folder).encode()):08x}"
-        self.run = wandb.init(project="llava_fast", name=name, id=own, resume="allow", dir=config.output_dir, config=asdict(config))
+        name = Path(config.output_dir).resolve().name
+        settings = {"name": name, "id": identity, "resume": "allow", "dir": config.output_dir, "config": asdict(config)}
+        self.run = wandb.init(project="llava_fast", **settings)
 
     def add(self, step: int, scalars: Mapping[str, float]) -> None:
         self.run.log(dict(scalars), step=step)

@@ -19,11 +19,11 @@ import torch
 from llava_fast.config import LlavaConfig
 from llava_fast.training.batches import Dataset, Row, Step, name_of
 from llava_fast.training.checkpoint import Run, list_states
-from llava_fast.training.config import PARTS, TrainConfig
+from llava_fast.training.config import TrainConfig
 from llava_fast.training.distributed import Ranks, Share
 from llava_fast.training.flops import peak_flops, row_flops
 from llava_fast.training.report import Report, StepMetrics, memory_held
-from llava_fast.training.step import Objective, lr_factor, train_step
+from llava_fast.training.step import Objective, is_adapter, lr_factor, part_of, train_step
 from llava_fast.training.validation import Validation
 
 SPIKE_LEAST = 10  # losses that a median is taken of at least
@@ -148,8 +148,11 @@ class Loop:
         if self.share is not None and self.share.part:
             own["samples"] = 0  # the group's first part counts them
         shape = getattr(self.model, "config", None)
-        trained = [part for part in PARTS if self.config.part_lr(part) is not None]
-        own["flops"] = sum(row_flops(shape, row.batch, trained=trained) for row in real) if isinstance(shape, LlavaConfig) else 0.0
+        names = self.run.trained.working
+        trained, adapted = ({part_of(name) for name in names if is_adapter(name) == whether} for whether in (False, True))
+        own["flops"] = 0.0
+        if isinstance(shape, LlavaConfig):
+            own["flops"] = sum(row_flops(shape, row.batch, trained=trained, adapted=adapted) for row in real)
         sums = dict(zip(own, self.ranks.total(*own.values()), strict=True))
         if sums["errors"]:
             self.ranks.agree(error)
@@ -200,12 +203,8 @@ class Loop:
             mean, *rest = self.ranks.add(torch.stack([loss, *others.values()]).double()).tolist()
             read.append((known, mean, norm.item(), dict(zip(others, rest, strict=True)), rows))
         self.pending.clear()
-        seconds = (time.perf_counter() - self.reported) / max(len(read), 1)
-        memory = memory_held(self.device)
-        finished = [
-            StepMetrics(loss=loss, grad_norm=norm, seconds=seconds, others=others, memory=memory, **self._speed(known, seconds))
-            for known, loss, norm, others, _ in read
-        ]
+        shared = {**self._speed([known for known, *_ in read]), "memory": memory_held(self.device)}
+        finished = [StepMetrics(loss=loss, grad_norm=norm, others=others, **known, **shared) for known, loss, norm, others, _ in read]
         self.report.add(finished)
         for metrics, (*_, rows) in zip(finished, read, strict=True):
             self._check(metrics, rows)
@@ -213,9 +212,18 @@ class Loop:
             if self.on_step is not None:
                 self.on_step(metrics)
 
-    def _speed(self, known: dict[str, Any], seconds: float) -> dict[str, Any]:
-        flops = known.pop("flops") / max(seconds, 1e-9)
-        return {**known, "tflops": flops / 1e12, "mfu": flops / self.peak / self.ranks.world if flops and self.peak else None}
+    def _speed(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
+        """What steps that are reported together have in common: their sums over the time since the report before."""
+        seconds = max(time.perf_counter() - self.reported, 1e-9)
+        flops = sum(known.pop("flops") for known in steps) / seconds
+        return {
+            "seconds": seconds / max(len(steps), 1),
+            "tokens_per_second": sum(known["tokens"] for known in steps) / seconds,
+            "views_per_second": sum(known["views"] for known in steps) / seconds,
+            "waiting": sum(known["data_wait"] for known in steps) / seconds,
+            "tflops": flops / 1e12,
+            "mfu": flops / self.peak / self.ranks.world if flops and self.peak else None,
+        }
 
     def _check(self, metrics: StepMetrics, rows: list[tuple[tuple[int, ...], torch.Tensor]]) -> None:
         """FloatingPointError, naming the samples of the rows it came from, for a loss that is not finite or that jumped."""

@@ -1,9 +1,11 @@
-"""Loss on held-out samples, by scenario: the same rows every time, and nothing of it reaches the training."""
+"""Loss on held-out samples, by scenario, and what else the objective reports: the same rows every time, and nothing of it reaches the
+training."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +19,8 @@ from llava_fast.training.batches import Dataset, Row, ahead, make_rows, scenario
 from llava_fast.training.config import TrainConfig
 from llava_fast.training.distributed import Ranks, Share
 from llava_fast.training.step import Objective
+
+WEIGHT = "weight"  # among the sums of a scenario
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,24 @@ class Validation:
 
     @torch.no_grad()
     def losses(self, model: Any, objective: Objective, device: torch.device) -> dict[str, float]:
-        """The objective's mean over each scenario's labels (or pairs), and over all of them under 'all'."""
+        """The objective's mean over each scenario's labels (or pairs), and over all of them under 'all'; what else it reports likewise,
+        under <scenario>/<name>."""
         training, objective = model.training, self.objective or objective
         model.eval()
-        sums = {scenario: [0.0, 0.0] for scenario, _ in self.rows}
+        sums: dict[str, Any] = {scenario: Counter() for scenario, _ in self.rows}
         with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(ahead(self._made())) as made:
             for scenario, rows in made:
                 for row in rows:
-                    loss = objective(model, row.to(device))[0].item()
-                    if row.indices:
-                        sums[scenario][0] += loss
-                        sums[scenario][1] += objective.weight(row)
+                    loss, others = objective(model, row.to(device))
+                    counts = bool(row.indices)  # a row that stands in adds nothing but the names, which every rank must have
+                    sums[scenario][WEIGHT] += objective.weight(row) * counts
+                    for name, value in {"": loss, **{f"/{name}": value for name, value in others.items()}}.items():
+                        sums[scenario][name] += value.item() if counts else 0.0
         model.train(training)
-        sums = {scenario: self.ranks.total(*own) for scenario, own in sums.items()}
-        sums["all"] = [sum(column) for column in zip(*sums.values(), strict=True)]
-        return {scenario: loss / weight for scenario, (loss, weight) in sums.items() if weight}
+        sums = {scenario: Counter(dict(zip(own, self.ranks.total(*own.values()), strict=True))) for scenario, own in sums.items()}
+        sums["all"] = Counter({name: sum(own[name] for own in sums.values()) for name in next(iter(sums.values()))})
+        counted = {scenario: own for scenario, own in sums.items() if own[WEIGHT]}
+        return {f"{scenario}{name}": own[name] / own[WEIGHT] for scenario, own in counted.items() for name in own if name != WEIGHT}
 
     def _made(self) -> Generator[tuple[str, list[Row]], None, None]:
         """As many rows at a time as are run at once."""
