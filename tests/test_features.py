@@ -19,6 +19,7 @@ from llava_fast.models.llava import Llava
 from llava_fast.models.vision import VisionTower
 from llava_fast.training.config import as_config
 from llava_fast.training.features import FeatureCache
+from llava_fast.training.flops import row_flops
 
 
 def picture(seed):
@@ -153,6 +154,68 @@ def test_no_more_than_it_may_hold(checkpoints, tmp_path, views_seen):
     lf.train(fields(checkpoints["qwen"], data, tmp_path / "b", **changes))
     assert len(list(cache.glob("*/*/*"))) == 3
     assert bounded.losses == lf.train(fields(checkpoints["qwen"], data, tmp_path / "c")).losses
+
+
+def test_the_bound_is_the_folders_whatever_towers_and_processes_write_there(checkpoints, tmp_path):
+    """Two towers, and two that write in turn as two processes do: each knows of the other's."""
+    models = [checkpoint.load(Llava, checkpoints[kind], dtype=torch.float32) for kind in ("qwen", "qwen_untied")]
+    with torch.no_grad():
+        models[1].vision_tower.encoder.layers[0].mlp.fc1.weight.mul_(2)
+    one, cache = 9 * 144 * 4, tmp_path / "cache"
+    writers = [FeatureCache(cache, model, 7.5 * one / 1e9) for model in (*models, models[0])]
+    assert writers[0].folder == writers[2].folder != writers[1].folder
+    for number in range(5):
+        for place, writer in enumerate(writers):
+            writer.write([f"{number}{place}" * 16], torch.zeros(1, 9, 144))
+    assert len(list(cache.glob("*/*/*"))) == 7 and len({file.parent.parent for file in cache.glob("*/*/*")}) == 2
+    again = FeatureCache(cache, models[1], 7.5 * one / 1e9)
+    again.write(["ab" * 16], torch.zeros(1, 9, 144))
+    assert len(list(cache.glob("*/*/*"))) == 7
+    next(cache.glob("*/*/*")).unlink()  # by hand, for room: known when a run starts
+    again = FeatureCache(cache, models[1], 7.5 * one / 1e9)
+    again.write(["ab" * 16, "cd" * 16], torch.zeros(2, 9, 144))
+    assert len(list(cache.glob("*/*/*"))) == 7
+
+
+@pytest.mark.parametrize("dpo", [False, True])
+def test_held_out_pictures_are_known_too(checkpoints, tmp_path, views_seen, dpo):
+    data = write(tmp_path, SHOWN)
+    if dpo:
+        pairs = [{"image": [f"{s}.png" for s in seeds], "prompt": "?", "chosen": "yes", "rejected": "no"} for seeds in SHOWN if seeds]
+        (tmp_path / "pairs.json").write_text(json.dumps(pairs))
+        data = str(tmp_path / "pairs.json")
+    changes = {"validation_data": data, "validate_every": 1, "dpo": dpo, "epochs": 1, "log_every": 1}
+    plain = lf.train(fields(checkpoints["qwen"], data, tmp_path / "plain", **changes))
+    views = sum(views_seen)
+    views_seen.clear()
+    cold = lf.train(fields(checkpoints["qwen"], data, tmp_path / "cold", feature_cache=str(tmp_path / "cache"), **changes))
+    assert 8 <= sum(views_seen) <= 12 < views  # those that the loader asked for before they were there are found when the row comes
+    views_seen.clear()
+    warm = lf.train(fields(checkpoints["qwen"], data, tmp_path / "warm", feature_cache=str(tmp_path / "cache"), **changes))
+    assert not views_seen and warm.losses == cold.losses
+    for result in (cold, warm):
+        assert result.losses == pytest.approx(plain.losses, rel=1e-6)
+        assert result.validation == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in plain.validation.items()}
+
+
+def test_what_is_reported_of_known_pictures(checkpoints, tmp_path):
+    """They are shown, and projected; the tower's arithmetic is not done and not counted."""
+    data, seen = write(tmp_path, SHOWN), {}
+    changes = {"feature_cache": str(tmp_path / "cache"), "epochs": 1, "log_every": 1, "tokens_per_row": 1000, "workers": 1}
+    for name in ("cold", "warm"):
+        seen[name] = []
+        lf.train(fields(checkpoints["qwen"], data, tmp_path / name, **changes), on_step=seen[name].append)
+    (cold,), (warm,) = seen["cold"], seen["warm"]
+    assert cold.views == warm.views == sum(map(len, SHOWN)) and warm.views_per_second > 0
+    model = lf.load(checkpoints["qwen"])
+    config, done = model.config, [metrics.tflops * metrics.seconds * 1e12 for metrics in (cold, warm)]
+    tower = row_flops(config, [1], 8, 1, trained=()) - row_flops(config, [1], 0, 1, trained=()) - _projected(config, 8)
+    assert done[0] - done[1] == pytest.approx(tower, rel=1e-9)
+
+
+def _projected(config, views):
+    features, width = config.vision.width * len(config.feature_layers), config.decoder.width
+    return 2.0 * views * config.patches * (features * width + width**2)
 
 
 def test_a_full_disk_ends_the_keeping_and_not_the_run(checkpoints, tmp_path, monkeypatch, caplog):

@@ -247,6 +247,33 @@ def test_a_trainer_with_noise_on_embeddings(checkpoints, processor_of, tmp_path)
     assert not np.allclose(found, plain, rtol=1e-4)
 
 
+def test_the_trainer_of_trl_with_the_models_own_loss(checkpoints, processor_of, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets")
+
+    class PackedSFT(trl.SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    messages = [
+        {"messages": [{"role": "user", "content": "Which one?"}, {"role": "assistant", "content": "the left " * n}]} for n in range(1, 9)
+    ]
+    collate = PackingCollator(processor_of["qwen"], 500)
+    expected = losses(trainer(patch(load(checkpoints["qwen"])), messages, collate, tmp_path / "a"))
+    ours = load(checkpoints["qwen"])
+    settings = dict(per_device_train_batch_size=2, learning_rate=1e-3, max_steps=6, logging_steps=1, seed=0, use_cpu=True, bf16=False)
+    settings |= dict(report_to=[], save_strategy="no", remove_unused_columns=False, max_grad_norm=1.0, disable_tqdm=True)
+    settings |= dict(max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, gradient_checkpointing=False)
+    run = PackedSFT(
+        ours,
+        trl.SFTConfig(str(tmp_path / "b"), **settings),
+        train_dataset=datasets.Dataset.from_list(messages),
+        data_collator=collate,
+        processing_class=processor_of["qwen"],
+    )
+    patch(ours)
+    np.testing.assert_allclose(losses(run), expected, rtol=1e-6)
+
+
 def hooked(model, path, kind):
     module = model.get_submodule(path)
     register = {"forward": "register_forward_hook", "pre": "register_forward_pre_hook", "backward": "register_full_backward_hook"}[kind]

@@ -24,6 +24,7 @@ from llava_fast.models.llava import Llava
 from llava_fast.training.batches import Position, make_steps
 from llava_fast.training.config import as_config
 from llava_fast.training.dataset import index_records
+from llava_fast.training.flops import row_flops
 from llava_fast.training.lora import adapters, attach, decoder_linears, load_adapter, merge, save_adapter, without_adapters
 from llava_fast.training.options import LINEARS, LoraOptions
 from llava_fast.training.step import prepare_parameters
@@ -235,6 +236,20 @@ def test_only_the_adapters_are_trained_and_saved_and_a_run_goes_on(checkpoints, 
     assert lf.train(fields(checkpoints["qwen"], data, tmp_path / "b", **changes)).losses == whole.losses
     resumed = load_file(tmp_path / "b" / "adapter_model.safetensors")
     assert all(torch.equal(tensors[name], resumed[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("projector", ["frozen", "lr"])
+def test_arithmetic_that_is_reported_is_that_of_adapters(checkpoints, data, tmp_path, projector):
+    """No gradients of the weights beside them."""
+    seen, settings = [], fields(checkpoints["qwen"], data, tmp_path, max_steps=2, lr_projector=projector)
+    lf.train(settings, on_step=seen.append)
+    config = as_config(settings)
+    model = lf.load(checkpoints["qwen"])
+    steps = make_steps(index_records(config, model.input_spec), config, Position())
+    parts = {"trained": () if projector == "frozen" else ("projector",), "adapted": ("decoder",)}
+    for metrics, step in zip(seen, steps, strict=False):
+        done = sum(row_flops(model.config, row.batch, **parts) for row in step.rows)
+        assert metrics.tflops * metrics.seconds * 1e12 == pytest.approx(done, rel=1e-9)
 
 
 def test_bf16_and_an_adapter_on_an_adapter(checkpoints, data, tmp_path):

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.nn import functional as F
 from transformers import LlavaForConditionalGeneration
 
 import llava_fast as lf
+from llava_fast.demo.model import make_checkpoint, write_records
+from llava_fast.demo.scenes import questions
 from llava_fast.kernels.patchify import normalise
+from llava_fast.requests import InputOptions
 from llava_fast.training import recipes
-from llava_fast.training.batches import Position, make_steps
-from llava_fast.training.config import as_config, change_fields
+from llava_fast.training.batches import Position, make_row, make_steps
+from llava_fast.training.config import PARTS, TrainConfig, _Loader, as_config, change_fields
 from llava_fast.training.dataset import index_records
+from llava_fast.training.dpo import PreferenceLoss
+from llava_fast.training.loop import FREE
+from llava_fast.training.lora import attach
 from llava_fast.training.options import LoraOptions
+from llava_fast.training.preferences import index_pairs
 from llava_fast.training.recipes import RECIPES
-from llava_fast.training.step import decays, lr_factor, part_of
+from llava_fast.training.step import LabelLoss, decays, lr_factor, make_optimizer, part_of, prepare_parameters, train_step
 
 PATHS = {"model": "m", "data": "a.json", "output_dir": "o"}
 CAPTIONS = [name for name, recipe in RECIPES.items() if recipe.fields["template"][0] == "plain"]
@@ -124,6 +134,99 @@ def test_packed_training_is_that_of_transformers(checkpoints, folder, tmp_path, 
     assert number >= 19 and packed > 1 and result.losses[-1] < result.losses[0]
 
 
+@pytest.mark.parametrize(
+    "name, lora", [("align", None), ("sft", None), ("interleave", None), ("dpo", None), ("sft", "plain"), ("dpo", "int4")]
+)
+def test_packed_training_is_unpacked_training(checkpoints, folder, tmp_path, name, lora):
+    """20 steps of packed rows, and the same samples of each step in rows of their own, one after the other."""
+    data = folder / ("captions.json" if name == "align" else "mixed.json")
+    if name == "dpo":
+        records = json.loads(data.read_text())
+        media = [{key: record[key] for key in ("id", "image", "video") if key in record} for record in records]
+        pairs = [{**m, "prompt": "What are these?", "chosen": "red " * (i + 1), "rejected": "two cats"} for i, m in enumerate(media)]
+        data = tmp_path / "pairs.json"
+        data.write_text(json.dumps(pairs))
+    adapters = None if lora is None else {"r": 4, "alpha": 8, "dropout": 0.0, "base": None if lora == "plain" else lora}
+    rates = {"lr": 1e-3} | ({} if lora or name == "align" else {"lr_vision_tower": 1e-4})
+    small = {"tokens_per_row": 260, "rows_per_step": 2, "max_steps": 20, "precision": "fp32", "save_every": None, "progress": False}
+    given = {"model": str(checkpoints["qwen"]), "data": str(data), "output_dir": str(tmp_path / "run"), "media_folder": str(folder)}
+    config = recipes.make(name, **given, **rates, **small, **({"lora": adapters} if lora else {}))
+    result = lf.train(config)
+
+    model = lf.load(checkpoints["qwen"], dtype=torch.float32)
+    objective = LabelLoss() if config.dpo is None else PreferenceLoss(config.dpo)
+    indexed = (index_records if config.dpo is None else index_pairs)(config, model.input_spec)
+    if config.lora is not None:
+        attach(model, config.lora, config.seed)
+    trained = prepare_parameters(model, config, "fp32")
+    if config.dpo is not None:
+        objective.prepare(model, indexed, config, torch.device("cpu"))
+    optimizer, most = make_optimizer(trained.masters, config), 0
+    model.train()
+    with ThreadPoolExecutor(1) as pool:
+        for number, step in zip(range(20), make_steps(indexed, config, Position()), strict=False):
+            most = max([most, *(len(row.indices) for row in step.rows)])
+            rows = [make_row(indexed, [index], pool, None) for row in step.rows for index in row.indices]
+            factor = lr_factor(number, 20, config.warmup_ratio, config.schedule)
+            loss, _, _ = train_step(model, trained, optimizer, rows, factor, config.clip, "cpu", objective)
+            assert result.losses[number] == pytest.approx(loss.item(), rel=1e-5), f"step {number}"
+    assert number == 19 and most > 1 and result.losses[-1] < result.losses[0]
+
+
+# --- as written, on the demo's data ---
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A fresh model, train.json with its four scenarios, captions.json of its single pictures, pairs.json."""
+    folder = tmp_path_factory.mktemp("drawn")
+    asked = questions(6, 0, "train")
+    texts = [part for question in asked for part in ("user\n", "assistant\n", question.text, question.answer)]
+    model = make_checkpoint(folder / "fresh", texts, 0)
+    records = json.loads(write_records(asked, folder, "train").read_text())
+    (folder / "captions.json").write_text(json.dumps([record for record in records if isinstance(record.get("image"), str)]))
+    pairs = []
+    for record, other in zip(records, [*records[1:], records[0]], strict=True):
+        (question, answer), wrong = record["conversations"], other["conversations"][1]["value"]
+        media = {key: record[key] for key in ("id", "image", "video") if key in record}
+        pairs.append({**media, "prompt": question["value"].replace("<video>", "<image>"), "chosen": answer["value"], "rejected": wrong})
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    return folder, model
+
+
+@pytest.mark.parametrize(
+    "name, lora",
+    [(name, None) for name in RECIPES]
+    + [(name, True) for name, recipe in RECIPES.items() if recipe.lora]
+    + [("sft", {"base": "int4"}), ("dpo", {"base": "int4"})],
+)
+def test_recipes_run_as_written(drawn, tmp_path, name, lora):
+    """Nothing is given but model, data, a place, two steps and, where it is asked for, lora. What is trained changes, and nothing else."""
+    folder, model = drawn
+    data = "pairs.json" if name == "dpo" else "captions.json" if name in CAPTIONS else "train.json"
+    given = {"recipe": name, "model": str(model), "data": str(folder / data), "output_dir": str(tmp_path), "max_steps": 2}
+    result = lf.train({**given, **({} if lora is None else {"lora": lora})})
+    assert result.steps == 2 and np.isfinite(result.losses).all() and not result.skipped
+    config = as_config({**given, **({} if lora is None else {"lora": lora})})
+    before = LlavaForConditionalGeneration.from_pretrained(model)
+    if lora is None:
+        after = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    else:
+        from peft import PeftModel
+
+        after = PeftModel.from_pretrained(LlavaForConditionalGeneration.from_pretrained(model), tmp_path)
+        assert any("lora_B" in key and bool(parameter.any()) for key, parameter in after.named_parameters())
+        after = after.merge_and_unload()
+    assert {key for key, _ in before.named_parameters()} == {key for key, _ in after.named_parameters()}
+    changed = {
+        part_of(key.removeprefix("model."))
+        for (key, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert changed == {part for part in PARTS if config.part_lr(part) is not None}
+    assert lf.generate(lf.load(tmp_path), lf.Request("What changed?"), max_new_tokens=2).token_ids
+
+
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("lora", [False, True])
 def test_every_recipe_makes_a_configuration(name, lora):
@@ -201,3 +304,21 @@ def test_the_command_line_trains_by_recipe(checkpoints, folder, tmp_path):
 
 def test_the_table_in_the_docs_is_the_code():
     assert recipes.table() in (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+
+
+def test_every_setting_is_in_the_docs_with_its_default_and_whether_it_may_change():
+    text = (Path(__file__).parent.parent / "docs" / "training.md").read_text().partition("## 11. Every setting")[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")]
+    described = {name.strip("`"): (default, change == "yes") for name, default, change, what in rows if what}
+    fields = dataclasses.fields(TrainConfig)
+    assert len(described) == len(rows) and {*described} == {field.name for field in fields}
+    assert {field.name for field in fields} >= FREE and {name for name, (_, free) in described.items() if free} == FREE
+    made = as_config(PATHS)
+    for field in fields:
+        default = described[field.name][0]
+        if field.name in PATHS:
+            assert default == "required"
+        elif field.name == "inputs":
+            assert default == "{}" and made.inputs == InputOptions()
+        else:
+            assert as_config({**PATHS, field.name: yaml.load(default, _Loader)}) == made, field.name

@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import llava_fast as lf
-from llava_fast.batch import IGNORE, Resample, Sample, Visual, pack
+from llava_fast.batch import IGNORE, Features, Resample, Sample, Visual, pack
 from llava_fast.inputs.layouts import view_layout
 from llava_fast.kernels import registry
 from llava_fast.training.config import PARTS
@@ -68,6 +68,28 @@ def test_equal_to_the_flop_counter(model, trained, pictures):
     k = 3 * vision.patch_size**2
     padding = 2 * square.views * vision.grid**2 * vision.width * (-k % 8) * (1 + (pictures and "vision_tower" in trained))
     assert counter.get_total_flops() - padding == flops(model.config, square, trained)
+
+
+@pytest.mark.parametrize("missing", [[], [0, 2]])
+def test_the_tower_counts_for_what_it_is_given_and_the_projector_for_all(model, missing):
+    """Of three views whose features are known, all or one: torch counts the same."""
+    row = batch([sample(40, 7, 2), sample(25, 3, 1)])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) != "vision_tower")
+    known = Features(model.features(row.views), torch.tensor(missing, dtype=torch.int64), tuple("ab"[: len(missing)]))
+    row = dataclasses.replace(row, views=row.views[missing] if missing else None, features=known)
+    work, lengths = work_of(row, model.config.patches), row.cu_seqlens.diff().tolist()
+    assert (work.views, work.shown, row.num_views) == (len(missing), 3, 3)
+    place = torch.bucketize(row.needed_rows, row.cu_seqlens[1:].long(), right=True)
+    square = dataclasses.replace(work, seen=sum(n * n for n in lengths), needed_seen=sum(lengths[s] for s in place.tolist()))
+    with registry.use(**REFERENCE), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.loss(row).backward()
+    model.zero_grad(set_to_none=True)
+    vision = model.config.vision
+    padding = 2 * len(missing) * vision.grid**2 * vision.width * (-3 * vision.patch_size**2 % 8)
+    assert counter.get_total_flops() - padding == flops(model.config, square, ("projector", "decoder"))
+    twice = dataclasses.replace(row, features=dataclasses.replace(known, keys=("a",) * len(missing)))
+    assert work_of(twice, model.config.patches).views == min(len(missing), 1)
 
 
 def test_adapters_cost_no_weight_gradients(model):

@@ -54,6 +54,16 @@ def test_metrics_of_every_step_and_part(config, tmp_path):  # noqa: F811
         assert metrics.rates["vision_tower"] == pytest.approx(0.1 * metrics.lr)
         assert metrics.memory > 2**20 and metrics.seconds > 0
         assert all(word in metrics.line() for word in ("loss", "lr", "tokens/s", "labels", "data wait", "GiB"))
+    # Rates are of the steps that were reported together, whose tokens differ.
+    for start in range(0, len(seen), 3):
+        window = seen[start : start + 3]
+        took = sum(m.seconds for m in window)
+        assert len({m.tokens for m in window}) > 1 or len(window) == 1
+        for metrics in window:
+            assert metrics.tokens_per_second == pytest.approx(sum(m.tokens for m in window) / took)
+            assert metrics.waiting == pytest.approx(sum(m.data_wait for m in window) / took)
+            assert f"{metrics.tokens_per_second:,.0f} tokens/s" in metrics.line() and f"data wait {metrics.waiting:.0%}" in metrics.line()
+            assert metrics.scalars()["speed/tokens_per_second"] == metrics.tokens_per_second
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -68,6 +78,24 @@ def test_wandb_is_told_the_same(config, monkeypatch):  # noqa: F811
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: told.append(options["resume"]) or run))
     result = fit(Bigram(), Texts(), change(config, wandb=True))
     assert told == ["allow", *enumerate(result.losses, start=1), "finished"]
+
+
+def test_a_run_keeps_its_name_with_wandb_and_another_in_a_folder_of_that_name_has_its_own(config, monkeypatch, tmp_path):  # noqa: F811
+    told: list = []
+    run = types.SimpleNamespace(log=lambda values, step: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **options: told.append(options["id"]) or run))
+    settings = change(config, wandb=True, save_every=2, log_every=1)
+
+    def stop(metrics):
+        if metrics.step == 3:
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(Bigram(), Texts(), settings, on_step=stop)
+    fit(Bigram(), Texts(), settings)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")  # as another container sees its own folder
+    fit(Bigram(), Texts(), settings)
+    assert told[0] == told[1] != told[2] and all(told)
 
 
 @pytest.mark.parametrize("name, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
@@ -88,17 +116,25 @@ def test_tflops_and_share_of_the_peak_of_a_model_of_ours(checkpoints, folder, tm
 # --- validation ---
 
 
+class Noisy(Bigram):
+    """Draws a factor for every row, in training and in evaluation."""
+
+    def loss(self, batch, reduction="sum"):
+        factor = 1 + 0.01 * torch.rand(())
+        return super().loss(batch, reduction) * (factor if self.training else 1)
+
+
 def test_validation_is_the_loss_by_scenario_and_changes_nothing(config, tmp_path):  # noqa: F811
+    """Nor the numbers that training draws, although the held-out rows draw some."""
     settings = change(config, save_every=4, log_every=1)
-    plain, watched, held_out = Bigram(), Bigram(), Named(30)
-    result = fit(plain, Texts(), settings)
-    draws = torch.rand(3)
+    plain, watched, held_out = Noisy(), Noisy(), Named(30)
     torch.manual_seed(7)
+    result = fit(plain, Texts(), settings)
+    after = torch.get_rng_state()
     validated = change(settings, output_dir=str(tmp_path / "validated"), validation_data=("held_out.json",), validate_every=3)
     torch.manual_seed(7)
-    before = torch.get_rng_state()
     again = fit(watched, Texts(), validated, held_out=held_out)
-    assert torch.equal(torch.get_rng_state(), before) and draws is not None
+    assert torch.equal(torch.get_rng_state(), after)
     assert again.losses == result.losses and equal(weights(plain), weights(watched)) and not result.validation
     written = lines(tmp_path / "validated" / "validation.jsonl")
     assert [line.pop("step") for line in written] == [*range(3, result.steps, 3), result.steps]

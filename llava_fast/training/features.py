@@ -2,11 +2,13 @@
 
 A feature is a file <folder>/<tower>/<ab>/<key>: the raw numbers of [P, E]. `tower` is a hash of the tower's weights, its configuration, the
 normalisation and the dtype; `key` a hash of the view's bytes. Files appear whole (written beside their place and renamed), so that any
-number of processes may share a folder; the loader's threads read them, the step computes and writes what is missing.
+number of processes may share a folder; the loader's threads read them, the step computes and writes what is missing. <folder>/.used is the
+size of all of them, for those that have a limit to keep.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -18,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from llava_fast.batch import Features
@@ -38,7 +41,8 @@ def weights_fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 class FeatureCache:
-    """Features of a model's tower under `folder`, of at most `gigabytes` (None: as the disk has room)."""
+    """Features of a model's tower under `folder`, which holds at most `gigabytes`, of all towers and from whatever number of processes
+    (None: as the disk has room)."""
 
     def __init__(self, folder: str | os.PathLike, model: Any, gigabytes: float | None = None):
         config = model.config
@@ -49,9 +53,11 @@ class FeatureCache:
         self.shape = (config.patches, config.vision.width * len(config.feature_layers))
         self.bytes = self.shape[0] * self.shape[1] * self.dtype.itemsize
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.room: float = float("inf")
-        if gigabytes is not None:
-            self.room = gigabytes * 1e9 - self.bytes * sum(1 for _ in self.folder.glob("*/*"))
+        self.full, self.limit = False, None if gigabytes is None else gigabytes * 1e9
+        self.used, self.lock = Path(folder) / ".used", FileLock(Path(folder) / ".lock")
+        if self.limit is not None:
+            with self.lock:
+                self.used.write_text(str(_bytes_under(Path(folder))))
 
     def keys(self, views: Tensor) -> list[str]:
         """The name of each view, uint8 [N, 3, S, S] on the CPU."""
@@ -69,25 +75,42 @@ class FeatureCache:
         return True
 
     def write(self, keys: Iterable[str], rows_MPE: Tensor) -> None:
-        """Keep features under their names, while there is room; a full disk ends the keeping, not the run."""
-        for key, rows in zip(keys, rows_MPE.detach().to("cpu", self.dtype), strict=True):
-            if self.room < self.bytes:
-                return
-            file = self._file(key)
-            partial = file.with_name(f".{key}-{uuid.uuid4().hex}")
-            try:
-                file.parent.mkdir(exist_ok=True)
-                rows.contiguous().view(torch.uint8).numpy().tofile(partial)
-                os.replace(partial, file)
-            except OSError as error:
-                partial.unlink(missing_ok=True)
-                log.warning("%s takes no more features (%s): the rest is computed every time", self.folder, error.strerror or error)
-                self.room = 0
-                return
-            self.room -= self.bytes
+        """Keep features under their names, while there is room; a full disk ends the keeping, not the run.
+
+        Where there is a limit, one process writes at a time, and all know how much there is.
+        """
+        try:
+            with self.lock if self.limit is not None else contextlib.nullcontext():
+                used = int(self.used.read_text()) if self.limit is not None else 0
+                for key, rows in zip(keys, rows_MPE.detach().to("cpu", self.dtype), strict=True):
+                    if self.full or (self.limit is not None and used + self.bytes > self.limit):
+                        break
+                    used += self._write(self._file(key), rows)
+                if self.limit is not None:
+                    self.used.write_text(str(used))
+        except OSError as error:
+            log.warning("%s takes no more features (%s): the rest is computed every time", self.folder, error.strerror or error)
+            self.full = True
+
+    def _write(self, file: Path, rows_PE: Tensor) -> int:
+        """The bytes by which the folder has grown."""
+        grown = self.bytes - (file.stat().st_size if file.exists() else 0)  # it may be there by now, or have another size
+        partial = file.with_name(f".{file.name}-{uuid.uuid4().hex}")
+        try:
+            file.parent.mkdir(exist_ok=True)
+            rows_PE.contiguous().view(torch.uint8).numpy().tofile(partial)
+            os.replace(partial, file)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        return grown
 
     def _file(self, key: str) -> Path:
         return self.folder / key[:2] / key
+
+
+def _bytes_under(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*/*/*"))
 
 
 class CachedData:

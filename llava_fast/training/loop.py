@@ -217,6 +217,9 @@ def fit(
     if config.feature_cache is not None:
         cache = FeatureCache(config.feature_cache, model, config.feature_cache_gb)
         data, objective = CachedData(data, cache), (cached := CachedObjective(objective, cache))
+        if held_out is not None and validation is not None:
+            held_out = CachedData(held_out, cache)
+            validation = dataclasses.replace(validation, data=held_out)
         completed = cached.filled
     if preferences is not None:
         judge = PreferenceLoss(preferences.options)
@@ -224,8 +227,8 @@ def fit(
             model.to(device)  # whole, for the reference; the first rank writes it down for the others
         ranks.first_then_others(lambda: preferences.prepare(model, data, config, device, completed))
         if held_out is not None and validation is not None:
-            ranks.first_then_others(lambda: judge.prepare(model, held_out, config, device, name="reference-validation.pt"))
-            validation = dataclasses.replace(validation, objective=judge)
+            ranks.first_then_others(lambda: judge.prepare(model, held_out, config, device, completed, "reference-validation.pt"))
+            validation = dataclasses.replace(validation, objective=judge if completed is None else CachedObjective(judge, cache))
     if ranks.world > 1:
         root = shard(model, device, precision)
         trained, objective = trained_shards(root), ThroughRoot(objective, root)
