@@ -393,7 +393,7 @@ def test_pairs_that_are_too_long_are_left_out_and_counted(checkpoints, folder, t
     result = lf.train(fields(checkpoints["qwen"], data, tmp_path, epochs=1, progress=True, **changes))
     assert result.samples == 2 and len(result.skipped) == 2
     assert "2 pairs, left out: 1 too long, 1 too many views" in capsys.readouterr().out
-    assert [name in line for name, line in zip(("'long'", "'wide'"), (tmp_path / "skipped.txt").read_text().splitlines(), strict=True)]
+    assert all(name in line for name, line in zip(("'long'", "'wide'"), (tmp_path / "skipped.txt").read_text().splitlines(), strict=True))
     with pytest.raises(ValueError, match="'long'.*more than tokens_per_row 400"):
         index_pairs(as_config(fields("m", data, tmp_path)), lf.load(checkpoints["qwen"]).input_spec)
     broken = write(folder, [PAIRS[3], {"prompt": "a"}], "broken.json")
