@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ import pytest
 from bench import results
 from bench.full_size import make_full_size
 from bench.paired import Paired, rounds_for
+from llava_fast import memory
 from llava_fast.limits import Limits, describe, probe, seconds
-from llava_fast.memory import M_MMAP_MAX, keep_freed_memory
-
-MAPS = 65536  # glibc's default
 
 _rows = pytest.StashKey[list[dict[str, Any]]]()
 _limits = pytest.StashKey[dict[str, Limits]]()
@@ -52,10 +49,10 @@ def kept_memory() -> Iterator[None]:
 
     A copy of 33 MB takes 13.7 ms into a new mapping and 3.5 ms into memory that is there.
     """
-    if not keep_freed_memory(all=True):
-        pytest.skip("the C library is not glibc, or the environment sets its allocator")
-    yield
-    ctypes.CDLL(None).mallopt(M_MMAP_MAX, MAPS)
+    with memory.kept_memory() as kept:
+        if not kept:
+            pytest.skip("the C library is not glibc, or the environment sets its allocator")
+        yield
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ import torch
 from bench.training_steps import CONFIG, PATCHES, SIZE, timed
 from llava_fast import checkpoint as files
 from llava_fast.batch import IGNORE, Sample, Visual, pack, splice
-from llava_fast.memory import keep_freed_memory
 from llava_fast.models.llava import Llava
 from llava_fast.training.batches import Row
 from llava_fast.training.config import TrainConfig
@@ -48,7 +47,6 @@ def pair_row(side: str, image_token: int) -> Row:
 
 
 def main(side: str, checkpoint: str, steps: int) -> dict[str, Any]:
-    keep_freed_memory(all=True)  # as fit does
     model = files.load(Llava, checkpoint, device="cpu", dtype=torch.float32)
     config = TrainConfig("m", "a.json", "out", **CONFIG)
     trained = prepare_parameters(model, config, "fp32")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from llava_fast.batch import IGNORE
+from llava_fast.memory import kept_memory
 
 PATCHES, SIZE = 729, 384
 # (views, tokens of text, labels) of each sample. The first two are the rows of the issue of padding: 2,407 tokens in 3, 5,523 in 4.
@@ -67,14 +68,12 @@ def with_llava_fast(checkpoint: str, row: str, steps: int) -> dict[str, Any]:
     from llava_fast import checkpoint as files
     from llava_fast.batch import Sample
     from llava_fast.engine.dropin import pack_marked
-    from llava_fast.memory import keep_freed_memory
     from llava_fast.models.llava import Llava
     from llava_fast.training.batches import Row
     from llava_fast.training.config import TrainConfig
     from llava_fast.training.flops import row_flops
     from llava_fast.training.step import LabelLoss, make_optimizer, prepare_parameters, train_step
 
-    keep_freed_memory(all=True)  # as fit does
     model = files.load(Llava, checkpoint, device="cpu", dtype=torch.float32)
     config = TrainConfig("m", "a.json", "out", **CONFIG)
     trained = prepare_parameters(model, config, "fp32")
@@ -94,9 +93,7 @@ def with_transformers(side: str, checkpoint: str, row: str, steps: int) -> dict[
     from transformers import LlavaForConditionalGeneration
 
     from bench.baselines import training
-    from llava_fast.memory import keep_freed_memory
 
-    keep_freed_memory(all=True)  # as training does on the other side
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).train()
     model.model.vision_tower.requires_grad_(False)
     make, loss_of = {
@@ -120,11 +117,12 @@ def with_transformers(side: str, checkpoint: str, row: str, steps: int) -> dict[
 
 def timed(step: Any, steps: int) -> dict[str, Any]:
     """The first step is not timed: it makes the optimiser's state."""
-    losses, times = [step()], []
-    for _ in itertools.repeat(None, steps):
-        start = time.perf_counter()
-        losses.append(step())
-        times.append(time.perf_counter() - start)
+    with kept_memory():  # as fit has it, for every side
+        losses, times = [step()], []
+        for _ in itertools.repeat(None, steps):
+            start = time.perf_counter()
+            losses.append(step())
+            times.append(time.perf_counter() - start)
     return {"losses": losses, "step_s": statistics.median(times), "best_s": min(times)}
 
 

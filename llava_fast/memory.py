@@ -10,35 +10,51 @@ import math
 import mmap
 import os
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
+MAPS = 65536  # glibc's own M_MMAP_MAX
 KEPT = 1 << 30  # bytes of freed memory that stay with the process
 LARGE_PAGE = 2 << 20
 MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 LARGEST_ON_HEAP = 32 << 20  # the most that glibc takes
 
 
-def keep_freed_memory(all: bool = False) -> bool:
-    """For the whole process, up to 1 GiB, or all of it; returns whether it was done: not where the C library is not glibc, and not where
-    the environment sets it (mallopt(3)).
+def keep_freed_memory() -> bool:
+    """For the whole process, up to 1 GiB; returns whether it was done: not where the C library is not glibc, and not where the
+    environment sets it (mallopt(3)).
 
     By default glibc hands freed memory back above a threshold of twice the largest block it has seen, and the activations of the
     next layer fault their pages in again: 12.4 and 13.1 s to the first token of the 0.5b architecture, 10.5 and 10.1 s without.
-    all: blocks past 32 MB too, which are maps of their own otherwise. A training step makes and frees gigabytes of such: one of 2,407
-    tokens of the 0.5b architecture takes 27 s with it and 31 without, an activation of 54 MB 6 ms and 33 (2026-11, two cores).
     """
+    return _mallopt({M_TRIM_THRESHOLD: KEPT, M_MMAP_THRESHOLD: LARGEST_ON_HEAP})
+
+
+@contextmanager
+def kept_memory() -> Iterator[bool]:
+    """Inside, the process keeps all that is freed, blocks past 32 MB too, which are maps of their own otherwise; then as
+    `keep_freed_memory` has it. Gives whether it was done.
+
+    A training step makes and frees gigabytes of such: one of 2,407 tokens of the 0.5b architecture took 27 s inside and 31 outside, an
+    activation of 54 MB 6 ms and 33 (2026-11, two cores), in the same memory.
+    """
+    try:
+        yield _mallopt({M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0})
+    finally:
+        _mallopt({M_TRIM_THRESHOLD: KEPT, M_MMAP_THRESHOLD: LARGEST_ON_HEAP, M_MMAP_MAX: MAPS})
+
+
+def _mallopt(wanted: Mapping[int, int]) -> bool:
     if any(name in os.environ for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")):
         return False
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    wanted = {M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0} if all else {M_TRIM_THRESHOLD: KEPT, M_MMAP_THRESHOLD: LARGEST_ON_HEAP}
-    return bool(min(mallopt(option, value) for option, value in wanted.items()))
+    return mallopt is not None and min(mallopt(option, value) for option, value in wanted.items()) == 1
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

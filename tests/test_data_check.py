@@ -203,6 +203,7 @@ def test_pairs_and_what_a_run_is_validated_on(recipe, m4_folder, capsys):
     """A recipe with `dpo` has pairs, whose faults are those that training would name."""
     pairs = [
         PAIR,
+        {**PAIR, "id": "tiles", "prompt": "<image>What?", "image": "HQ-Edit/1.jpg"},
         {**PAIR, "id": "lacks", "chosen": None},
         {**PAIR, "id": "marks", "prompt": "<image><image>?", "image": "HQ-Edit/1.jpg"},
         {**PAIR, "id": "gone", "image": "gone.jpg"},
@@ -214,7 +215,11 @@ def test_pairs_and_what_a_run_is_validated_on(recipe, m4_folder, capsys):
     (m4_folder / "pairs.json").write_text(json.dumps(pairs))
     (m4_folder / "held.json").write_text(json.dumps([PAIR, {**PAIR, "id": "held", "prompt": 5}]))
     fields = {**json.loads(recipe.read_text()), "data": [str(m4_folder / "pairs.json")], "validation_data": [str(m4_folder / "held.json")]}
+    fields["inputs"] = {"num_frames": 3, "anyres": True}
     recipe.write_text(json.dumps({**fields, "dpo": True, "too_long": "skip"}))
+    assert command(recipe, "--out", m4_folder / "check", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["faults"] == 6  # what is too long is to be left out
+    recipe.write_text(json.dumps({**fields, "dpo": True}))
     assert command(recipe, "--out", m4_folder / "check", "--json") == 1
     found = json.loads(capsys.readouterr().out)
     faults = named(m4_folder / "check" / "faults.jsonl")
@@ -229,8 +234,8 @@ def test_pairs_and_what_a_run_is_validated_on(recipe, m4_folder, capsys):
     config, spec = read_settings(recipe)
     said = []
     indexed = index_pairs(config, spec, said.append)
-    assert set(said) == {fault["message"] for name, fault in faults.items() if name not in ("cut", "held")}
-    assert found["datasets"]["pairs"]["records"] == 1 and found["datasets"]["pairs"]["tokens"] == indexed.tokens[0]
+    assert set(said) == {fault["message"] for name, fault in faults.items() if name != "held"}
+    assert found["datasets"]["pairs"]["records"] == 2 and found["datasets"]["pairs"]["tokens"] == indexed.tokens.sum()
     assert found["rows"] == 1 and found["fill"] == pytest.approx(indexed.tokens.sum() / 500)
     assert command(recipe, "--out", m4_folder / "check") == 1
     shown = capsys.readouterr()

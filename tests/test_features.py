@@ -177,6 +177,15 @@ def test_the_bound_is_the_folders_whatever_towers_and_processes_write_there(chec
     assert len(list(cache.glob("*/*/*"))) == 7
 
 
+def test_a_count_that_was_lost_is_made_again(checkpoints, tmp_path):
+    model, one = checkpoint.load(Llava, checkpoints["qwen"], dtype=torch.float32), 9 * 144 * 4
+    writer = FeatureCache(tmp_path, model, 3.5 * one / 1e9)
+    writer.write(["ab" * 16, "cd" * 16], torch.zeros(2, 9, 144))
+    (tmp_path / ".used").write_text("")  # a machine that went down
+    writer.write(["ef" * 16, "01" * 16], torch.zeros(2, 9, 144))
+    assert len(list(tmp_path.glob("*/*/*"))) == 3 and (tmp_path / ".used").read_text() == str(3 * one)
+
+
 @pytest.mark.parametrize("dpo", [False, True])
 def test_held_out_pictures_are_known_too(checkpoints, tmp_path, views_seen, dpo):
     data = write(tmp_path, SHOWN)

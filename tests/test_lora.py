@@ -260,6 +260,24 @@ def test_bf16_and_an_adapter_on_an_adapter(checkpoints, data, tmp_path):
     assert lf.load(tmp_path / "b")(input_ids=IDS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("pattern", ["v_proj", "^model.language_model.layers.0.self_attn.v_proj"])
+def test_alpha_patterns_are_matched_against_the_names_of_the_file(pattern, directory, tmp_path):
+    hf = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
+    twin = peft.get_peft_model(hf, peft.LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS, alpha_pattern={pattern: 40})).eval()
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_" in name:
+                parameter.add_(0.05)
+    twin.peft_config["default"].base_model_name_or_path = str(directory)
+    twin.save_pretrained(tmp_path)
+    with torch.no_grad():
+        same(lf.load(tmp_path, dtype=torch.float32)(input_ids=IDS).logits, twin(input_ids=IDS).logits)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**written, "alpha_pattern": {"no_such_layer": 40}}))
+    with pytest.raises(ValueError, match="alpha_pattern 'no_such_layer' matches no adapter"):
+        lf.load(tmp_path)
+
+
 def test_adapters_of_peft_are_read(directory, tmp_path):
     hf = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32)
     config = peft.LoraConfig(

@@ -124,6 +124,19 @@ class Noisy(Bigram):
         return super().loss(batch, reduction) * (factor if self.training else 1)
 
 
+@pytest.mark.parametrize("lost", ["long", "short"])
+def test_all_is_there_where_a_scenario_cannot_be_read(config, tmp_path, lost):  # noqa: F811
+    class Unreadable(Named):
+        def load(self, index):
+            if self.scenario(index) == lost:
+                raise ValueError(f"record-{index}: gone")
+            return super().load(index)
+
+    settings = change(config, validation_data=("held_out.json",), validate_every=3, on_bad_record="skip")
+    validation = fit(Bigram(), Texts(), settings, held_out=Unreadable(30)).validation
+    assert validation.keys() == {"all", {"long": "short", "short": "long"}[lost]} and len(set(validation.values())) == 1
+
+
 def test_validation_is_the_loss_by_scenario_and_changes_nothing(config, tmp_path):  # noqa: F811
     """Nor the numbers that training draws, although the held-out rows draw some."""
     settings = change(config, save_every=4, log_every=1)

@@ -168,7 +168,7 @@ def _check(config: TrainConfig, spec: InputSpec | None, summary: Summary, file: 
     if config.dpo is not None and (other := [source.path for source in sources if source.path.suffix not in (".json", ".jsonl")]):
         raise ValueError(f"preferences are a .json or .jsonl file, got {other[0]}")
     job = Job(tuple(sources), config, spec, headers=True)
-    accepted = ("too long", "too many views") if config.too_long == "skip" and config.dpo is None else ()
+    accepted = ("too long", "too many views") if config.too_long == "skip" else ()
     sizes: list[tuple[np.ndarray, np.ndarray]] = []
 
     def take(finding: Finding) -> None:

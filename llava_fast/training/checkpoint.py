@@ -84,7 +84,7 @@ class Run:
             if name.startswith("rng."):
                 (torch.cuda if ".cuda." in name else torch).set_rng_state(tensor)
         self.step, self.position, self.losses = plain["step"], Position(**plain["position"]), plain["losses"]
-        self.identity = plain["identity"]
+        self.identity = plain.get("identity", self.identity)  # earlier checkpoints have none
 
     def _tensors(self, rank: int) -> dict[str, Tensor]:
         tensors = {f"parameters.{name}": master.detach() for name, master in self.trained.masters.items()}

@@ -124,7 +124,8 @@ def examine(job: Job, chunk: Chunk) -> Finding:
                 _look_at(record, job.config.inputs)
             except BadRecord as error:
                 found.unreadable.append(_fault(source, number, index, entry, error))
-        path = None if job.spec is None else _deciding(record, job.config.inputs, job.spec)
+        # Pairs have no index that could outlive their pictures.
+        path = None if job.spec is None or job.config.dpo is not None else _deciding(record, job.config.inputs, job.spec)
         if path is not None and not isinstance(path, Packed):  # what is packed changes with its file
             found.stamps.append((number, row["media"][0], stamp(path)))
     return replace(found, rows=_to_arrow(rows))
@@ -169,11 +170,12 @@ def _row(job: Job, number: int, index: int, entry: Any) -> tuple[Record, dict[st
 
 def _pair_row(job: Job, number: int, index: int, entry: Any) -> tuple[Record, dict[str, Any]]:
     """The prompt of a preference pair, and the pair as a row of `schema` that has sizes only. Raises BadRecord."""
-    from llava_fast.training.examine_pairs import measure_pair  # which imports this
+    from llava_fast.training.preferences import measure_pair  # which imports this
 
     source = job.sources[number]
     assert job.spec is not None
-    record, tokens, views, labels = measure_pair(entry, where(source, index, entry), source.folder, job.config, job.spec)
+    (record, _), pair, tokens, views = measure_pair(entry, where(source, index, entry), source.folder, job.config, job.spec)
+    labels = sum(label != IGNORE for side in (pair.prompt, pair.chosen, pair.rejected) for label in side.labels)
     empty = np.empty(0, dtype=np.int64)
     named = {"source": number, "record": index, "id": record_id(entry), "dataset": record.dataset or source.path.stem}
     sizes = {"tokens": tokens, "views": views, "labels": labels, "dropped": 0, "crc": 0, "ids": empty, "spans": empty}

@@ -57,7 +57,7 @@ class FeatureCache:
         self.used, self.lock = Path(folder) / ".used", FileLock(Path(folder) / ".lock")
         if self.limit is not None:
             with self.lock:
-                self.used.write_text(str(_bytes_under(Path(folder))))
+                self._count(_bytes_under(Path(folder)))
 
     def keys(self, views: Tensor) -> list[str]:
         """The name of each view, uint8 [N, 3, S, S] on the CPU."""
@@ -81,16 +81,27 @@ class FeatureCache:
         """
         try:
             with self.lock if self.limit is not None else contextlib.nullcontext():
-                used = int(self.used.read_text()) if self.limit is not None else 0
+                used = self._counted() if self.limit is not None else 0
                 for key, rows in zip(keys, rows_MPE.detach().to("cpu", self.dtype), strict=True):
                     if self.full or (self.limit is not None and used + self.bytes > self.limit):
                         break
                     used += self._write(self._file(key), rows)
                 if self.limit is not None:
-                    self.used.write_text(str(used))
+                    self._count(used)
         except OSError as error:
             log.warning("%s takes no more features (%s): the rest is computed every time", self.folder, error.strerror or error)
             self.full = True
+
+    def _count(self, used: int) -> None:
+        partial = self.used.with_name(f"{self.used.name}-{os.getpid()}")
+        partial.write_text(str(used))
+        os.replace(partial, self.used)
+
+    def _counted(self) -> int:
+        try:
+            return int(self.used.read_text())
+        except (ValueError, FileNotFoundError):  # a machine that went down, somebody who cleaned up
+            return _bytes_under(self.used.parent)
 
     def _write(self, file: Path, rows_PE: Tensor) -> int:
         """The bytes by which the folder has grown."""
@@ -110,7 +121,12 @@ class FeatureCache:
 
 
 def _bytes_under(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.glob("*/*/*"))
+    """Of finished files: what others write, or take away meanwhile, is not there."""
+    total = 0
+    for file in folder.glob("*/*/[!.]*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total
 
 
 class CachedData:

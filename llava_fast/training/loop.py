@@ -17,7 +17,7 @@ import torch
 
 from llava_fast import checkpoint
 from llava_fast.checks import require
-from llava_fast.memory import keep_freed_memory
+from llava_fast.memory import kept_memory
 from llava_fast.models.llava import Llava
 from llava_fast.quantise import is_quantised, quantised_tensors
 from llava_fast.training.batches import Dataset, ahead, make_steps, plan_epoch, total_steps
@@ -187,8 +187,6 @@ def fit(
     device, folder, ranks = torch.device(device), Path(config.output_dir), ranks or Ranks()
     if is_quantised(model) and not (adapters(model) and ranks.world == 1):
         raise ValueError("a quantised model cannot be trained: load it without quantise, or train adapters on it, in one process")
-    if device.type == "cpu":
-        keep_freed_memory(all=True)
     folder.mkdir(parents=True, exist_ok=True)
     skipped = skipped or Skipped(folder, ranks)
     on_bad = skipped if config.on_bad_record == "skip" else None
@@ -251,8 +249,9 @@ def fit(
             f"{count(trained.working.values()):,} parameters trained in {precision}" + (f", from step {run.step}" if run.step else "")
         )
         loop = Loop(model, data, run, total, config, device, ranks, share, report, stop, on_step, Watched(objective), validation)
-        with contextlib.closing(ahead(make_steps(data, config, run.position, on_bad, share))) as steps:
-            loop.go(steps)
+        steps = contextlib.closing(ahead(make_steps(data, config, run.position, on_bad, share)))
+        with kept_memory() if device.type == "cpu" else contextlib.nullcontext(), steps as made:
+            loop.go(made)
         loop.finish()
     if ranks.world > 1:
         gather_parameters(model, ranks, torch.bfloat16 if precision == "bf16" else None)

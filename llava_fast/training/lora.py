@@ -186,12 +186,14 @@ def load_adapter(model: Llava, directory: str | os.PathLike) -> None:
     linears = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
     parameters = dict(model.named_parameters())
     pairs: dict[str, dict[str, Tensor]] = {}
+    called: dict[str, str] = {}  # an adapter's name -> the name that the file has for it, which patterns may match
     whole: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(.*)\.lora_([AB])\.weight", key)
         name = checkpoint.canonical((match[1] if match else key).removeprefix("base_model.model."))
         if match and name in linears:
             pairs.setdefault(name, {})[match[2]] = tensor
+            called[name] = match[1].removeprefix("base_model.model.")
         elif not match and name in parameters and parameters[name].shape == tensor.shape:
             whole[name] = tensor
         elif name not in checkpoint.derived_tensors(model.config):
@@ -201,11 +203,15 @@ def load_adapter(model: Llava, directory: str | os.PathLike) -> None:
         if {*pair} != {"A", "B"} or pair["A"].shape[1] != linear.in_features or pair["B"].shape != (linear.out_features, len(pair["A"])):
             shapes = {letter: list(matrix.shape) for letter, matrix in pair.items()}
             raise ValueError(f"{folder / WEIGHTS}: adapter of {name} [{linear.out_features}, {linear.in_features}] has {shapes}")
+    patterns = config.get("alpha_pattern") or {}
+    matched = {key: {name for name in pairs if any(re.fullmatch(rf"(.*\.)?({key})", n) for n in (called[name], name))} for key in patterns}
+    if unknown := [key for key, names in matched.items() if not names]:
+        raise ValueError(f"{folder}: alpha_pattern {unknown[0]!r} matches no adapter")
     for name, tensor in whole.items():
         parameters[name].copy_(tensor)
     for name, pair in pairs.items():
-        rank, patterns = len(pair["A"]), config.get("alpha_pattern") or {}
-        alpha = next((own for key, own in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config["lora_alpha"])
+        rank = len(pair["A"])
+        alpha = next((own for key, own in patterns.items() if name in matched[key]), config["lora_alpha"])
         adapter = _adapter(linears[name], rank, alpha / rank, config.get("lora_dropout", 0.0), model.device)
         adapter.A.copy_(pair["A"])
         adapter.B.copy_(pair["B"])

@@ -22,7 +22,7 @@ from llava_fast.batch import IGNORE, Sample, Visual, splice
 from llava_fast.checks import shown
 from llava_fast.inputs.labels import Labelled, encode_turns
 from llava_fast.inputs.prepare import InputSpec, prepare
-from llava_fast.inputs.records import BadRecord, Record, Turn, check_record
+from llava_fast.inputs.records import BadRecord, Kind, Record, Turn, check_record
 from llava_fast.inputs.templates import IMAGE_MARK
 from llava_fast.requests import Request
 from llava_fast.training.batches import Example, Kept
@@ -108,25 +108,18 @@ def index_pairs(
             name = entry.get("id") if isinstance(entry, dict) else None
             where = f"{path}, record {number}" + ("" if name is None else f" (id {shown(name)})")
             try:
-                sides = check_pair(entry, where, folder, config.dpo is not None and config.dpo.upstream)
-                if sides[0].turns[:-1] != sides[1].turns[:-1]:
-                    raise ValueError(f"{where}: chosen and rejected must be one answer each, to the same conversation")
-                visuals = media_layouts(sides[0], config.inputs, spec)
-                pair = encode_pair(sides, len(visuals), config, spec)
-                sizes = _sizes(pair, visuals, where, config, spec)
-            except ValueError as error:
-                message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-                kind = error.kind if isinstance(error, BadRecord) else "not a pair"
-                wanted = config.too_long == "skip" and kind in ("too long", "too many views")
+                sides, pair, own_tokens, own_views = measure_pair(entry, where, folder, config, spec)
+            except BadRecord as error:
+                wanted = config.too_long == "skip" and error.kind in ("too long", "too many views")
                 said = on_bad or (note or (lambda message: None) if wanted else None)
                 if said is None:
-                    raise ValueError(message) from error
-                said(message)
-                counts[kind] += 1
+                    raise
+                said(str(error))
+                counts[error.kind] += 1
                 continue
             records.append(sides)
-            tokens.append(sizes[0])
-            views.append(sizes[1])
+            tokens.append(own_tokens)
+            views.append(own_views)
             for part in (pair.prompt, pair.chosen, pair.rejected):
                 fingerprint = crc32(np.array([part.ids, part.labels]).tobytes(), fingerprint)
             fingerprint = crc32(repr(sides[0].names).encode(), fingerprint)
@@ -134,6 +127,25 @@ def index_pairs(
         left_out = ", ".join(f"{count:,} {kind}" for kind, count in counts.most_common())
         Console().print(f"{len(records):,} pairs" + (f", left out: {left_out}" if left_out else ""), highlight=False, soft_wrap=True)
     return PreferenceData(records, np.array(tokens, dtype=np.int64), np.array(views, dtype=np.int64), config, spec, fingerprint)
+
+
+def measure_pair(
+    entry: Any, where: str, folder: Path, config: TrainConfig, spec: InputSpec
+) -> tuple[tuple[Record, Record], Pair, int, int]:
+    """The conversations of a pair, its ids and labels, its tokens and views. Raises BadRecord, starting with `where`."""
+    kind: Kind = "not a record"
+    try:
+        sides = check_pair(entry, where, folder, config.dpo is not None and config.dpo.upstream)
+        if sides[0].turns[:-1] != sides[1].turns[:-1]:
+            raise BadRecord(f"{where}: chosen and rejected must be one answer each, to the same conversation", "turns")
+        visuals = media_layouts(sides[0], config.inputs, spec)
+        kind = "template"
+        pair = encode_pair(sides, len(visuals), config, spec)
+        return sides, pair, *_sizes(pair, visuals, where, config, spec)
+    except BadRecord:
+        raise
+    except ValueError as error:
+        raise BadRecord(str(error) if str(error).startswith(where) else f"{where}: {error}", kind) from error
 
 
 def check_pair(entry: Any, where: str, folder: Path, upstream: bool = False) -> tuple[Record, Record]:

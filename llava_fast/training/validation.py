@@ -55,7 +55,8 @@ class Validation:
                         sums[scenario][name] += value.item() if counts else 0.0
         model.train(training)
         sums = {scenario: Counter(dict(zip(own, self.ranks.total(*own.values()), strict=True))) for scenario, own in sums.items()}
-        sums["all"] = Counter({name: sum(own[name] for own in sums.values()) for name in next(iter(sums.values()))})
+        names = dict.fromkeys(name for own in sums.values() for name in own)  # a scenario of which no row could be read has none
+        sums["all"] = Counter({name: sum(own[name] for own in sums.values()) for name in names})
         counted = {scenario: own for scenario, own in sums.items() if own[WEIGHT]}
         return {f"{scenario}{name}": own[name] / own[WEIGHT] for scenario, own in counted.items() for name in own if name != WEIGHT}
 
