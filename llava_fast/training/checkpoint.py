@@ -146,7 +146,7 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict[
     ranks.agree(error)
     if ranks.first:
         for old in list_states(folder)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)  # tried again the next time
     return target
 
 

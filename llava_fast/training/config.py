@@ -239,6 +239,9 @@ class TrainConfig:
         require(limit is None or self.feature_cache is not None, "feature_cache_gb", limit, "None without feature_cache")
         if self.feature_cache is not None:
             require(self.lr_vision_tower is None, "lr_vision_tower", self.lr_vision_tower, "'frozen' where there is a feature_cache")
+        for name in ("dpo", "feature_cache"):  # a row's part has no preference of its own, and of a picture perhaps a half
+            if getattr(self, name) is not None:
+                require(self.sequence_parallel == 1, "sequence_parallel", self.sequence_parallel, f"1 with {name}")
 
     def part_lr(self, part: str) -> float | None:
         """Peak learning rate of 'vision_tower', 'projector' or 'decoder'; None where it is frozen."""

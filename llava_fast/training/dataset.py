@@ -53,6 +53,9 @@ class RecordData:
         """CRC-32 of every record's ids, labels and names of media. Moving the files changes none of these."""
         return self.records.fingerprint
 
+    def name(self, index: int) -> str:
+        return self.records[index].where
+
     def scenario(self, index: int) -> str:
         return SCENARIOS[self.records.scenarios[index]]
 

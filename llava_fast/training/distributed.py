@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,12 +23,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from llava_fast.batch import IGNORE, Layout, PackedBatch, Sample, pack
+from llava_fast.checks import require
+from llava_fast.config import DecoderConfig
 from llava_fast.training.batches import Row
+from llava_fast.training.config import TrainConfig
 from llava_fast.training.flops import row_flops
 from llava_fast.training.sequence import split_row
 from llava_fast.training.step import Objective, Trained
 
 T = TypeVar("T")
+WATCH_SECONDS = 0.5  # between looks for a failure of another rank
+LEAVE_SECONDS = 10.0  # that a rank has to come to its end after one, and the first, who keeps the notice, waits for the others
 
 
 @dataclass(frozen=True)
@@ -80,11 +87,26 @@ class Ranks:
             if error is not None:
                 raise error
             return
+        if not self.total(error is not None)[0]:
+            return
         for rank, said in enumerate(self.gather(None if error is None else (type(error).__name__, str(error)))):
             if said is not None:
                 name, message = said
-                kind = {"ValueError": ValueError, "OSError": OSError}.get(name, RuntimeError)
-                raise kind(f"rank {rank}: {message}") from error
+                kind = {"ValueError": ValueError, "OSError": OSError}.get(name)
+                raise (kind or RuntimeError)(f"rank {rank}: " + (message if kind else f"{name}: {message}")) from error
+
+    def each(self, items: Iterator[T]) -> Iterator[T]:
+        """The items, of which every rank has as many; an exception of whatever kind in making one is raised on all ranks."""
+        while True:
+            item, error = None, None
+            try:
+                item = next(items, None)
+            except Exception as failure:
+                error = failure
+            self.agree(error)
+            if item is None:
+                return
+            yield item
 
 
 @contextlib.contextmanager
@@ -102,12 +124,57 @@ def connected(device: torch.device, timeout: int) -> Iterator[tuple[Ranks, torch
     if device.type == "cuda":
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    board = store.clone()  # a connection of its own: calls on one wait for each other
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size()), device
-        dist.barrier()  # the one that keeps the store leaves last
+        with one_fate(board, Ranks(rank, world)):
+            yield Ranks(rank, world), device
+            dist.barrier()  # the one that keeps the store leaves last
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def one_fate(board: dist.Store, ranks: Ranks) -> Iterator[None]:
+    """What ends one rank ends all, wherever it happens: the first to fail leaves a notice, which names it and its reason.
+
+    Others see the notice when a call of theirs fails, as gloo's do once a process is gone, or in the thread that looks for it: NCCL's calls
+    wait for a rank that has left until they time out, and this process is then ended from outside of them.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(WATCH_SECONDS):
+            try:
+                said = board.get("failure").decode() if board.check(["failure"]) else None
+            except RuntimeError as error:
+                said = f"rank 0, or who keeps the store, is gone ({error})"
+            if said is not None:
+                if not over.wait(LEAVE_SECONDS):
+                    print(f"rank {ranks.rank} ends after a failure of another: {said}", file=sys.stderr, flush=True)
+                    os._exit(1)
+                return
+
+    thread = threading.Thread(target=watch, name="llava_fast-ranks", daemon=True)
+    thread.start()
+    try:
+        yield
+    except BaseException as error:
+        over.set()
+        own = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+        said = own
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            said = board.compare_set("failure", "", own).decode()
+            board.set(f"left/{ranks.rank}", "")
+            if ranks.first:
+                board.wait([f"left/{rank}" for rank in range(ranks.world)], timedelta(seconds=LEAVE_SECONDS))
+        if said != own and isinstance(error, RuntimeError) and not str(error).startswith("rank "):
+            raise RuntimeError(said) from error
+        raise
+    finally:
+        over.set()
+        thread.join()
 
 
 class Sharded(nn.Module):
@@ -145,12 +212,11 @@ def shard(model: Any, device: torch.device, precision: str) -> Sharded:
     else:
         model.views_a_pass = None
     blocks = [*(tower.encoder.layers if trained else ()), *([tower] if trained else ()), model.multi_modal_projector]
+    for parameter in model.parameters():  # a frozen one as it is gathered: it is no master
+        if parameter not in kept:
+            parameter.data = parameter.data.to(stored if parameter.requires_grad else whole or stored)
     for block in [*blocks, *model.language_model.layers]:
-        block.to(stored)
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    for parameter in model.parameters():
-        if not isinstance(parameter, DTensor) and parameter not in kept:
-            parameter.data = parameter.data.to(stored)
     root = Sharded(model)
     fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=kept)
     register_fsdp_forward_method(model.multi_modal_projector, "embed")
@@ -187,7 +253,9 @@ def gather_parameters(model: nn.Module, ranks: Ranks, dtype: torch.dtype | None)
         for name, parameter in list(module.named_parameters(recurse=False)):
             value = parameter.detach() if dtype is None else parameter.detach().to(dtype)
             whole = value.full_tensor() if isinstance(value, DTensor) else value
-            module._parameters[name] = nn.Parameter(whole.cpu() if ranks.first else whole.new_empty(0, device="cpu"), requires_grad=False)
+            module._parameters[name] = nn.Parameter(
+                whole.cpu() if ranks.first else whole.new_empty(0, device="cpu"), parameter.requires_grad
+            )
 
 
 @dataclass(frozen=True)
@@ -219,16 +287,24 @@ class Share:
         return dataclasses.replace(row, batch=batch)
 
 
-def make_share(model: Any, ranks: Ranks, parts: int) -> Share:
-    """parts: processes that share a row. Raises ValueError where the processes or the heads are no multiple of it."""
-    config = model.config
-    for what, count in (
-        ("processes", ranks.world),
-        ("attention heads", config.decoder.heads),
-        ("key and value heads", config.decoder.kv_heads),
-    ):
+def check_ranks(config: TrainConfig, ranks: Ranks, decoder: DecoderConfig | None = None) -> None:
+    """ValueError where these processes cannot share a run as configured; decoder: the model's, once it is known."""
+    parts = config.sequence_parallel
+    if ranks.world == 1:
+        require(parts == 1, "sequence_parallel", parts, "1 in a run of one process")
+        return
+    require(config.optimizer == "adamw", "optimizer", config.optimizer, "'adamw' in a run of several processes")
+    counts = {"processes": ranks.world}
+    if decoder is not None:
+        counts |= {"attention heads": decoder.heads, "key and value heads": decoder.kv_heads}
+    for what, count in counts.items():
         if count % parts:
             raise ValueError(f"sequence_parallel must divide the {count} {what}, got {parts}")
+
+
+def make_share(model: Any, ranks: Ranks, parts: int) -> Share:
+    """parts: processes that share a row, as `check_ranks` lets pass."""
+    config = model.config
     group = dist.new_subgroups(parts)[0] if parts > 1 else None
 
     def cost(lengths: np.ndarray, views: int) -> float:

@@ -6,10 +6,11 @@ where nothing but adapters is trained they are encoded once for policy and refer
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.batch import Features, PackedBatch
-from llava_fast.training.batches import Dataset, Position, Row, make_steps, plan_epoch
+from llava_fast.training.batches import Dataset, Position, Row, ahead, make_steps, plan_epoch
 from llava_fast.training.config import TrainConfig
+from llava_fast.training.distributed import Ranks, Share
 from llava_fast.training.features import weights_fingerprint
 from llava_fast.training.lora import adapters, without_adapters
 from llava_fast.training.options import DpoOptions
+from llava_fast.training.step import Objective
 
 REFERENCE = "reference.pt"
 SAVE_SECONDS = 30.0
-Fill = Callable[[Any, Row], Row]
+ALONE = Ranks()
 
 
 class PreferenceLoss:
@@ -39,12 +42,10 @@ class PreferenceLoss:
     def __init__(self, options: DpoOptions, reference: Tensor | None = None):
         self.options, self.reference = options, reference
 
-    def prepare(
-        self, model: Any, data: Dataset, config: TrainConfig, device: torch.device, fill: Fill | None = None, name: str = REFERENCE
-    ) -> None:
-        """Before the first step: the reference's log-probabilities, where the model will forget them."""
+    def prepare(self, model: Any, data: Dataset, config: TrainConfig, device: torch.device, *rest: Any, **options: Any) -> None:
+        """Before the first step: the reference's log-probabilities (`reference_logps`), where the model will forget them."""
         if self.reference is None and forgets(model):
-            self.reference = reference_logps(model, data, config, device, fill, name)
+            self.reference = reference_logps(model, data, config, device, *rest, **options)
 
     def weight(self, row: Row) -> int:
         return len(row.indices)
@@ -110,42 +111,79 @@ def forgets(model: Any) -> bool:
     return any(parameter.requires_grad and parameter not in own for parameter in model.parameters())
 
 
+class Logps:
+    """`pair_logps` as an `Objective`, for a pass without gradients."""
+
+    def weight(self, row: Row) -> int:
+        return len(row.indices)
+
+    def __call__(self, model: Any, row: Row) -> tuple[Tensor, dict[str, Tensor]]:
+        return pair_logps(model, row), {}
+
+
 @torch.no_grad()
 def reference_logps(
-    model: Any, data: Dataset, config: TrainConfig, device: torch.device, fill: Fill | None = None, name: str = REFERENCE
+    model: Any,
+    data: Dataset,
+    config: TrainConfig,
+    device: torch.device,
+    objective: Objective | None = None,
+    name: str = REFERENCE,
+    base: str | None = None,
+    ranks: Ranks = ALONE,
+    share: Share | None = None,
 ) -> Tensor:
     """`pair_logps` of every pair under the model as it is, fp32 [pairs, 2]; kept in output_dir under `name`, from which a run that was
-    stopped goes on. Pairs that cannot be read stay NaN. fill: what a row is passed through before the model sees it."""
+    stopped goes on. Pairs that cannot be read stay NaN.
+
+    objective: `Logps`, or what it runs inside of.  base: what the model's weights are known by, where they are in parts.  ranks, share:
+    every rank computes its rows of each round, all get the values of all, and the first one writes them down.
+    """
     file = Path(config.output_dir) / name
+    objective, base = objective or Logps(), base or weights_fingerprint(model.named_parameters())
     made_of = (config.template, config.inputs, config.precision, config.lora and config.lora.base)
-    identity = (
-        f"{len(data.tokens)} pairs, contents {data.fingerprint:08x}, {made_of}, model {weights_fingerprint(model.named_parameters())}"
-    )
-    logps, done = torch.full((len(data.tokens), 2), torch.nan), 0
-    settings = dataclasses.replace(config, epochs=1, max_steps=None, rows_per_step=1)
+    identity = f"{len(data.tokens)} pairs, contents {data.fingerprint:08x}, {made_of}, model {base}"
+    at_once = 1 if share is None else share.world
+    settings = dataclasses.replace(config, epochs=1, max_steps=None, rows_per_step=at_once)
     rows = len(plan_epoch(data, settings, 0).rows)
-    if file.is_file():
-        state = torch.load(file, weights_only=True)
-        unread = state["done"] == rows and bool(state["logps"].isnan().any())  # those may be readable by now
-        if state["identity"] == identity and state["rows"] == rows and not unread:
-            logps, done = state["logps"], state["done"]
+    logps, done = ranks.gather(_known(file, identity, rows, len(data.tokens)) if ranks.first else None)[0]
+    fresh: list[tuple[tuple[int, ...], Tensor]] = []
 
     def save() -> None:
-        torch.save({"identity": identity, "rows": rows, "done": done, "logps": logps}, partial := file.with_suffix(f".{os.getpid()}"))
-        os.replace(partial, file)  # ranks write the same
+        for indices, values in itertools.chain.from_iterable(ranks.gather(fresh)):
+            logps[list(indices)] = values
+        fresh.clear()
+        ranks.first_then_others(lambda: _keep(file, identity, rows, done, logps) if ranks.first else None)
 
     saved = time.monotonic()
     training = model.training
     model.eval()  # nothing is dropped, and nothing drawn: a run whose reference is there already draws the same as this one
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for step in make_steps(data, settings, Position(0, done), (lambda message: None) if config.on_bad_record == "skip" else None):
+    steps = make_steps(data, settings, Position(0, done), (lambda message: None) if config.on_bad_record == "skip" else None, share)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(ahead(steps)) as made:
+        for step in ranks.each(made):
             for row in step.rows:
-                row = row.to(device)
-                logps[list(row.indices)] = pair_logps(model, row if fill is None else fill(model, row)).float().cpu()
+                values = objective(model, row.to(device))[0].float().cpu()
+                if row.indices:
+                    fresh.append((row.indices, values))
             done = step.after.row if step.after.epoch == 0 else rows
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if ranks.total(ranks.first and time.monotonic() - saved > SAVE_SECONDS)[0]:
                 save()
                 saved = time.monotonic()
     model.train(training)
     save()
     return logps
+
+
+def _known(file: Path, identity: str, rows: int, pairs: int) -> tuple[Tensor, int]:
+    """Log-probabilities and finished rows of an earlier pass over the same pairs with the same model; of none where there was none."""
+    if file.is_file():
+        state = torch.load(file, weights_only=True)
+        unread = state["done"] == rows and bool(state["logps"].isnan().any())  # those may be readable by now
+        if state["identity"] == identity and state["rows"] == rows and not unread:
+            return state["logps"], state["done"]
+    return torch.full((pairs, 2), torch.nan), 0
+
+
+def _keep(file: Path, identity: str, rows: int, done: int, logps: Tensor) -> None:
+    torch.save({"identity": identity, "rows": rows, "done": done, "logps": logps}, partial := file.with_suffix(f".{os.getpid()}"))
+    os.replace(partial, file)

@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 SAMPLED = 1 << 14  # values of a tensor that it is recognised by
 
 
-def weights_fingerprint(named: Iterable[tuple[str, Tensor]]) -> str:
-    """A hash of names, shapes, dtypes and SAMPLED values or a few more of each tensor."""
+def weights_fingerprint(named: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None) -> str:
+    """A hash of names, shapes, dtypes and SAMPLED values or a few more of each tensor; dtype: what they will be turned into first."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in named:
         flat = tensor.detach().flatten()
-        sample = flat[:: max(1, len(flat) // SAMPLED)].cpu().contiguous()
-        digest.update(repr((name, list(tensor.shape), str(tensor.dtype))).encode() + sample.view(torch.uint8).numpy().tobytes())
+        sample = flat[:: max(1, len(flat) // SAMPLED)].to("cpu", dtype or tensor.dtype).contiguous()
+        digest.update(repr((name, list(tensor.shape), str(sample.dtype))).encode() + sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -47,7 +47,9 @@ class FeatureCache:
     def __init__(self, folder: str | os.PathLike, model: Any, gigabytes: float | None = None):
         config = model.config
         options = (config.vision, config.feature_layers, config.drop_class, model.image_mean, model.image_std, model.image_rescale)
-        self.dtype, device = model.compute_dtype, model.device.type
+        weight = next(model.vision_tower.parameters())  # of a sharded model the tower alone is whole, in its dtype and place
+        device = weight.device.type
+        self.dtype = torch.promote_types(weight.dtype, torch.float32) if device == "cpu" else weight.dtype
         identity = (weights_fingerprint(model.vision_tower.named_parameters()), options, str(self.dtype), device)
         self.folder = Path(folder) / hashlib.blake2b(repr(identity).encode(), digest_size=8).hexdigest()
         self.shape = (config.patches, config.vision.width * len(config.feature_layers))

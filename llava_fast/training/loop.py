@@ -16,7 +16,6 @@ from zlib import crc32
 import torch
 
 from llava_fast import checkpoint
-from llava_fast.checks import require
 from llava_fast.memory import kept_memory
 from llava_fast.models.llava import Llava
 from llava_fast.quantise import is_quantised, quantised_tensors
@@ -24,9 +23,10 @@ from llava_fast.training.batches import Dataset, ahead, make_steps, plan_epoch, 
 from llava_fast.training.checkpoint import Run, list_states
 from llava_fast.training.config import TrainConfig, as_config
 from llava_fast.training.dataset import index_records
-from llava_fast.training.distributed import Ranks, Share, ThroughRoot, connected, gather_parameters, make_share, shard, trained_shards
-from llava_fast.training.dpo import PreferenceLoss
-from llava_fast.training.features import CachedData, CachedObjective, FeatureCache
+from llava_fast.training.distributed import Ranks, ThroughRoot, check_ranks, connected, gather_parameters, make_share, shard, trained_shards
+from llava_fast.training.dpo import Logps, PreferenceLoss
+from llava_fast.training.features import CachedData, CachedObjective, FeatureCache, weights_fingerprint
+from llava_fast.training.footprint import check_fits
 from llava_fast.training.lora import adapters, attach, load, save_adapter
 from llava_fast.training.preferences import index_pairs
 from llava_fast.training.report import Report, StepMetrics
@@ -111,8 +111,15 @@ def train(config: TrainConfig | Mapping[str, Any] | str | os.PathLike, on_step: 
         config = dataclasses.replace(config, progress=config.progress and ranks.first)
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         skipped = Skipped(Path(config.output_dir), ranks)
+        check_ranks(config, ranks)
         alone = ranks.world == 1
-        model = load(Llava, config.model, device=device if alone else "cpu", dtype=torch.float32 if alone else "auto")
+        quantised = config.lora is not None and config.lora.base is not None  # whose weights are in no shard, and stay where they are made
+        dtype = torch.float32 if alone else "auto"
+        model = load(Llava, config.model, device=device if alone or quantised else "cpu", dtype=dtype)
+        check_ranks(config, ranks, model.config.decoder)
+        if device.type == "cuda":
+            capacity = torch.cuda.get_device_properties(device).total_memory
+            check_fits(model.config, config, precision_on(config, device), ranks.world, capacity)
         data, held_out = ranks.first_then_others(lambda: _index(config, model, skipped))
         objective = LabelLoss() if config.dpo is None else PreferenceLoss(config.dpo)
         if config.lora is not None:
@@ -185,8 +192,8 @@ def fit(
     ranks: all that train together, each with the whole model on its CPU; the first one's gets the trained weights, to be saved.
     """
     device, folder, ranks = torch.device(device), Path(config.output_dir), ranks or Ranks()
-    if is_quantised(model) and not (adapters(model) and ranks.world == 1):
-        raise ValueError("a quantised model cannot be trained: load it without quantise, or train adapters on it, in one process")
+    if is_quantised(model) and not adapters(model):
+        raise ValueError("a quantised model cannot be trained: load it without quantise, or train adapters on it")
     folder.mkdir(parents=True, exist_ok=True)
     skipped = skipped or Skipped(folder, ranks)
     on_bad = skipped if config.on_bad_record == "skip" else None
@@ -194,46 +201,43 @@ def fit(
     if not first_epoch.rows:
         raise ValueError(f"no record of {', '.join(config.data)} can be trained on ({len(skipped.messages)} left out)")
     total = total_steps(data, config)
-    precision = config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    precision = precision_on(config, device)
     objective = objective or LabelLoss()
-    share: Share | None = None
-    if config.sequence_parallel > 1 and not (isinstance(objective, LabelLoss) and config.feature_cache is None):
-        raise ValueError(
-            f"sequence_parallel is for the label loss, and not with feature_cache: a row's part has no preference of its own, "
-            f"got {config.sequence_parallel}"
-        )
-    if ranks.world == 1:
-        require(config.sequence_parallel == 1, "sequence_parallel", config.sequence_parallel, "1 in a run of one process")
-    else:
-        require(config.optimizer == "adamw", "optimizer", config.optimizer, "'adamw' in a run of several processes")
-        share = make_share(model, ranks, config.sequence_parallel)
+    if config.sequence_parallel > 1 and not isinstance(objective, LabelLoss):
+        raise ValueError(f"sequence_parallel must be 1 with an objective of your own, got {config.sequence_parallel}")
+    check_ranks(config, ranks, None if ranks.world == 1 else model.config.decoder)
+    share = None if ranks.world == 1 else make_share(model, ranks, config.sequence_parallel)
     # Weights in bf16 under fp32 masters are FSDP's own affair where there are several processes.
     trained = prepare_parameters(model, config, "fp32" if ranks.world > 1 and precision == "bf16" else precision)
     settings = _settings(model, data, config, precision)
+    base = weights_fingerprint(model.named_parameters(), stored_dtype(precision)) if isinstance(objective, PreferenceLoss) else None
     validation = None if held_out is None else plan_validation(held_out, config, on_bad, ranks, share)
-    preferences, completed = objective if isinstance(objective, PreferenceLoss) else None, None
+    root = None
+    if ranks.world > 1:
+        root = shard(model, device, precision)
+        trained = trained_shards(root)
+    cache = None
     if config.feature_cache is not None:
         cache = FeatureCache(config.feature_cache, model, config.feature_cache_gb)
-        data, objective = CachedData(data, cache), (cached := CachedObjective(objective, cache))
+        data = CachedData(data, cache)
         if held_out is not None and validation is not None:
             held_out = CachedData(held_out, cache)
             validation = dataclasses.replace(validation, data=held_out)
-        completed = cached.filled
-    if preferences is not None:
-        judge = PreferenceLoss(preferences.options)
-        if ranks.world > 1:
-            model.to(device)  # whole, for the reference; the first rank writes it down for the others
-        ranks.first_then_others(lambda: preferences.prepare(model, data, config, device, completed))
+
+    def around(inner: Objective) -> Objective:
+        inner = inner if cache is None else CachedObjective(inner, cache)
+        return inner if root is None else ThroughRoot(inner, root)
+
+    if isinstance(objective, PreferenceLoss):
+        given = dict(objective=around(Logps()), base=base, ranks=ranks, share=share)
+        objective.prepare(model, data, config, device, **given)
         if held_out is not None and validation is not None:
-            ranks.first_then_others(lambda: judge.prepare(model, held_out, config, device, completed, "reference-validation.pt"))
-            validation = dataclasses.replace(validation, objective=judge if completed is None else CachedObjective(judge, cache))
-    if ranks.world > 1:
-        root = shard(model, device, precision)
-        trained, objective = trained_shards(root), ThroughRoot(objective, root)
-        if validation is not None and validation.objective is not None:
-            validation = dataclasses.replace(validation, objective=ThroughRoot(validation.objective, root))
+            judge = PreferenceLoss(objective.options)
+            judge.prepare(model, held_out, config, device, name="reference-validation.pt", **given)
+            validation = dataclasses.replace(validation, objective=around(judge))
+    objective = around(objective)
     run = Run(trained, make_optimizer(trained.masters, config), settings)
-    found = list_states(folder)
+    found = ranks.gather(list_states(folder))[0]  # a shared disk may show the others less
     if found and not config.resume:
         raise ValueError(f"{folder} holds checkpoints of an earlier run ({found[-1].name}): set resume, or choose another output_dir")
     if found:
@@ -276,8 +280,18 @@ def _settings(model: torch.nn.Module, data: Dataset, config: TrainConfig, precis
     settings = {name: _plain(value) for name, value in dataclasses.asdict(config).items() if name not in FREE}
     settings["precision"] = precision
     settings["data set"] = f"{len(data.tokens)} samples, contents {data.fingerprint:08x}"
-    settings["base model"] = _base_model(model, torch.float32 if precision == "fp32" else torch.bfloat16)
+    settings["base model"] = _base_model(model, stored_dtype(precision))
     return settings
+
+
+def precision_on(config: TrainConfig, device: torch.device) -> str:
+    """What 'auto' comes to."""
+    return config.precision if config.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
+
+
+def stored_dtype(precision: str) -> torch.dtype:
+    """Of the model's own weights."""
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
 def _base_model(model: torch.nn.Module, stored: torch.dtype) -> str:

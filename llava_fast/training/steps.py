@@ -99,6 +99,7 @@ class Loop:
     objective: Watched
     validation: Validation | None
     validated: dict[str, float] = field(default_factory=dict)
+    agreed: int = 0
     pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list]] = field(default_factory=list)
 
     def go(self, steps: Iterator[Step]) -> None:
@@ -106,10 +107,10 @@ class Loop:
         self.peak = peak_flops(self.device)
         self.reported = time.perf_counter()
         labelled = run.position  # where the newest step with labels ended
-        while run.step < self.total and not self.stop.number:
+        while run.step < self.total and not self.ending:
             started = time.perf_counter()
             step, sums = self._fetch(steps)
-            if step is None or self.stop.number:  # or unreadable samples only: the last rows came to nothing
+            if step is None or self.ending:  # or unreadable samples only: the last rows came to nothing
                 break
             waited = time.perf_counter() - started
             if not sums["weight"]:
@@ -123,7 +124,7 @@ class Loop:
             self._one(step, sums, waited)
             save = config.save_every is not None and run.step % config.save_every == 0
             validate = config.validate_every is not None and run.step % config.validate_every == 0
-            if save or validate or run.step % config.log_every == 0 or run.step == self.total or self.stop.number:
+            if save or validate or run.step % config.log_every == 0 or run.step == self.total or self.ending:
                 self._flush()
                 if validate and run.step < self.total:
                     self._validate()
@@ -137,7 +138,7 @@ class Loop:
         step, error = None, None
         try:
             step = next(steps, None)
-        except ValueError as bad:
+        except Exception as bad:  # of whatever kind: the others would wait for this rank
             error = bad
         own = {"errors": float(error is not None), "signals": float(self.stop.number == signal.SIGINT), "terms": 0.0}
         own["terms"] = float(self.stop.number == signal.SIGTERM)
@@ -157,12 +158,17 @@ class Loop:
         if sums["errors"]:
             self.ranks.agree(error)
         if sums["signals"] or sums["terms"]:
-            self.stop.number = signal.SIGTERM if sums["terms"] else signal.SIGINT
+            self.agreed = signal.SIGTERM if sums["terms"] else signal.SIGINT
         return step, sums
+
+    @property
+    def ending(self) -> int:
+        """The signal that ends the run: of several ranks what they have agreed on, since a signal may come to one, and at any moment."""
+        return self.stop.number if self.ranks.world == 1 else self.agreed
 
     def finish(self) -> None:
         """The last checkpoint, where any was asked for or the run is stopped early; then KeyboardInterrupt or SystemExit."""
-        run, number = self.run, self.stop.number
+        run, number = self.run, self.ending
         if self.config.save_every is not None or number:
             self._save(last=True)
         if number and run.step < self.total:

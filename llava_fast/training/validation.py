@@ -46,7 +46,7 @@ class Validation:
         model.eval()
         sums: dict[str, Any] = {scenario: Counter() for scenario, _ in self.rows}
         with torch.random.fork_rng([device] if device.type == "cuda" else []), contextlib.closing(ahead(self._made())) as made:
-            for scenario, rows in made:
+            for scenario, rows in self.ranks.each(made):
                 for row in rows:
                     loss, others = objective(model, row.to(device))
                     counts = bool(row.indices)  # a row that stands in adds nothing but the names, which every rank must have
