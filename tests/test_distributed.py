@@ -160,7 +160,7 @@ CASES: dict[str, tuple[str, str, dict]] = {
     "features": ("qwen", "mixed", {**FROZEN, "feature_cache": "features"}),
     "features, lora": ("llama", "mixed", {**LORA, "feature_cache": "features"}),
     "dpo": ("qwen", "pairs", {"dpo": True}),
-    "dpo, ipo": ("llama", "pairs", {"dpo": {"loss": "ipo", "gamma": 0.5}, "tokens_per_row": 120, "rows_per_step": 3}),
+    "dpo, ipo": ("llama", "pairs", {"dpo": {"loss": "ipo", "gamma": 0.5}, "tokens_per_row": 140, "rows_per_step": 3}),
     "dpo, lora": ("qwen_untied", "pairs", {**LORA, "dpo": True, "lr_projector": "frozen"}),
     "dpo, lora and projector": ("qwen", "pairs", {**LORA, "dpo": True, "validation_data": "pairs"}),
     "dpo, features": ("qwen", "pairs", {**FROZEN, "dpo": True, "feature_cache": "features", "validation_data": "pairs"}),
