@@ -33,7 +33,7 @@ from llava_fast.training.step import Objective, Trained
 
 T = TypeVar("T")
 WATCH_SECONDS = 0.5  # between looks for a failure of another rank
-LEAVE_SECONDS = 10.0  # that a rank has to come to its end after one, and the first, who keeps the notice, waits for the others
+LEAVE_SECONDS = 10.0  # that a rank has to come to its end after one; the first, who may keep the notice, waits twice that for the others
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def one_fate(board: dist.Store, ranks: Ranks) -> Iterator[None]:
     Others see the notice when a call of theirs fails, as gloo's do once a process is gone, or in the thread that looks for it: NCCL's calls
     wait for a rank that has left until they time out, and this process is then ended from outside of them.
     """
-    over = threading.Event()
+    over, seen = threading.Event(), []
 
     def watch() -> None:
         while not over.wait(WATCH_SECONDS):
@@ -151,6 +151,7 @@ def one_fate(board: dist.Store, ranks: Ranks) -> Iterator[None]:
             except RuntimeError as error:
                 said = f"rank 0, or who keeps the store, is gone ({error})"
             if said is not None:
+                seen.append(said)
                 if not over.wait(LEAVE_SECONDS):
                     print(f"rank {ranks.rank} ends after a failure of another: {said}", file=sys.stderr, flush=True)
                     os._exit(1)
@@ -163,12 +164,12 @@ def one_fate(board: dist.Store, ranks: Ranks) -> Iterator[None]:
     except BaseException as error:
         over.set()
         own = f"rank {ranks.rank}: {type(error).__name__}: {error}"
-        said = own
+        said = seen[0] if seen else own
         with contextlib.suppress(RuntimeError):  # the store is gone
             said = board.compare_set("failure", "", own).decode()
             board.set(f"left/{ranks.rank}", "")
             if ranks.first:
-                board.wait([f"left/{rank}" for rank in range(ranks.world)], timedelta(seconds=LEAVE_SECONDS))
+                board.wait([f"left/{rank}" for rank in range(ranks.world)], timedelta(seconds=2 * LEAVE_SECONDS))
         if said != own and isinstance(error, RuntimeError) and not str(error).startswith("rank "):
             raise RuntimeError(said) from error
         raise
