@@ -521,6 +521,13 @@ def test_torchrun_of_the_command_line(models, folder, tmp_path):
     fields = settings(models, folder, tmp_path / "run", "qwen", "apart", {"progress": True, "save_every": 10, "tokens_per_row": 64})
     (tmp_path / "run.yaml").write_text(json.dumps(fields))
     command = [sys.executable, *TORCHRUN, "--master-port", str(free_port()), "-m", "llava_fast.cli", "train", str(tmp_path / "run.yaml")]
+    code, output = under_torchrun(command)
+    assert code == 0, output
+    assert output.count("2 samples") == 1 and output.count("5 steps, checkpoint in") == 1, output
+    assert lf.load(tmp_path / "run") and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def under_torchrun(command):
     path = os.pathsep.join([str(Path(lf.__file__).parent.parent), *filter(None, sys.path)])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -528,6 +535,24 @@ def test_torchrun_of_the_command_line(models, folder, tmp_path):
         output, _ = process.communicate(timeout=200)
     finally:
         process.kill()
-    assert process.returncode == 0, output
-    assert output.count("2 samples") == 1 and output.count("5 steps, checkpoint in") == 1, output
-    assert lf.load(tmp_path / "run") and len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 5
+    return process.returncode, output
+
+
+def test_a_run_after_one_that_failed(models, folder, tmp_path):
+    """torchrun's store, with what the ranks of the first one told each other, outlives both."""
+    fields = settings(models, folder, tmp_path / "run", "qwen", "apart", {"tokens_per_row": 64})
+    gone = {**fields, "data": str(tmp_path / "gone.json"), "output_dir": str(tmp_path / "gone")}
+    script = tmp_path / "twice.py"
+    script.write_text(f"""
+import llava_fast as lf
+from llava_fast.training import distributed
+try:
+    lf.train({gone!r})
+except ValueError as error:
+    assert "gone.json" in str(error)
+distributed.WATCH_SECONDS = distributed.LEAVE_SECONDS = 0.05  # what the first one left would end this one at once
+lf.train({fields!r})
+""")
+    code, output = under_torchrun([sys.executable, *TORCHRUN, "--master-port", str(free_port()), str(script)])
+    assert code == 0, output
+    assert lf.load(tmp_path / "run")

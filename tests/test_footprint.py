@@ -121,10 +121,14 @@ def test_the_table_of_the_documentation(changes, world, gib):
 
 def test_a_plan_that_does_not_fit_is_refused_with_what_would_take_less():
     model, card = config_7b(), int(80 * GIB)
-    less = r"precision bf16_pure 60\.\d GiB, 8 processes 2\d\.\d GiB"
-    with pytest.raises(ValueError, match=rf"take 136\.\d GiB of a device's 80\.0, .*{less}"):
+    fits = r"what fits: precision bf16_pure 60\.\d GiB, 8 processes 2\d\.\d GiB, lora 1\d\.\d GiB$"
+    with pytest.raises(ValueError, match=rf"take 136\.\d GiB of a device's 80\.0, .*{fits}"):
         check_fits(model, settings(), "bf16", 1, card)
-    with pytest.raises(ValueError, match="less take precision bf16_pure"):
+    with pytest.raises(ValueError, match="what fits: precision bf16_pure"):
         check_fits(model, settings(optimizer="adamw_8bit"), "bf16", 1, card)
+    with pytest.raises(ValueError, match=r"what fits: 8 processes 5\.\d GiB, lora\.base int4 \d"):
+        check_fits(model, settings(**LORA), "bf16", 1, int(15 * GIB))
+    with pytest.raises(ValueError, match="nor does it fit with optimizer adamw_8bit, precision bf16_pure, 8 processes, lora"):
+        check_fits(model, settings(), "bf16", 1, int(5 * GIB))
     check_fits(model, settings(precision="bf16_pure"), "bf16_pure", 1, card)
     check_fits(model, settings(), "bf16", 8, card)

@@ -146,7 +146,10 @@ def save_state(folder: Path, step: int, tensors: dict[str, Tensor], plain: dict[
     ranks.agree(error)
     if ranks.first:
         for old in list_states(folder)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)  # tried again the next time
+            with contextlib.suppress(OSError):  # what is left of it goes the next time, by its name
+                left = old.with_name(f"{old.name}.partial")
+                os.replace(old, left)
+                shutil.rmtree(left)
     return target
 
 

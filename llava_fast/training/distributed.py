@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -128,8 +129,11 @@ def connected(device: torch.device, timeout: int) -> Iterator[tuple[Ranks, torch
     board = store.clone()  # a connection of its own: calls on one wait for each other
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
     try:
-        with one_fate(board, Ranks(rank, world)):
-            yield Ranks(rank, world), device
+        ranks = Ranks(rank, world)
+        # torchrun's store outlives a run: the notices of one are not those of the next.
+        board = dist.PrefixStore(ranks.gather(uuid.uuid4().hex)[0], board)
+        with one_fate(board, ranks):
+            yield ranks, device
             dist.barrier()  # the one that keeps the store leaves last
     finally:
         dist.destroy_process_group()
@@ -162,6 +166,9 @@ def one_fate(board: dist.Store, ranks: Ranks) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if getattr(error, "agreed", False):  # all ranks stop, and some have more to put away than others
+            dist.barrier()
+            raise
         over.set()
         own = f"rank {ranks.rank}: {type(error).__name__}: {error}"
         said = seen[0] if seen else own
@@ -213,11 +220,12 @@ def shard(model: Any, device: torch.device, precision: str) -> Sharded:
     else:
         model.views_a_pass = None
     blocks = [*(tower.encoder.layers if trained else ()), *([tower] if trained else ()), model.multi_modal_projector]
-    for parameter in model.parameters():  # a frozen one as it is gathered: it is no master
-        if parameter not in kept:
-            parameter.data = parameter.data.to(stored if parameter.requires_grad else whole or stored)
-    for block in [*blocks, *model.language_model.layers]:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for block in [*blocks, *model.language_model.layers, model]:  # the model last, for what is in none
+        for parameter in block.parameters():  # a frozen one as it is gathered: it is no master
+            if parameter not in kept and not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(stored if parameter.requires_grad else whole or stored)
+        if block is not model:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
     root = Sharded(model)
     fully_shard(root, mesh=mesh, mp_policy=policy, ignored_params=kept)
     register_fsdp_forward_method(model.multi_modal_projector, "embed")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast.batch import Features, PackedBatch
+from llava_fast.quantise import quantised_tensors
 from llava_fast.training.batches import Dataset, Position, Row, ahead, make_steps, plan_epoch
 from llava_fast.training.config import TrainConfig
 from llava_fast.training.distributed import Ranks, Share
@@ -140,7 +141,7 @@ def reference_logps(
     every rank computes its rows of each round, all get the values of all, and the first one writes them down.
     """
     file = Path(config.output_dir) / name
-    objective, base = objective or Logps(), base or weights_fingerprint(model.named_parameters())
+    objective, base = objective or Logps(), base or weights_fingerprint([*model.named_parameters(), *quantised_tensors(model)])
     made_of = (config.template, config.inputs, config.precision, config.lora and config.lora.base)
     identity = f"{len(data.tokens)} pairs, contents {data.fingerprint:08x}, {made_of}, model {base}"
     at_once = 1 if share is None else share.world

@@ -20,6 +20,7 @@ from llava_fast.models.llava import Llava
 from llava_fast.quantise import GROUPS
 from llava_fast.training.config import TrainConfig
 from llava_fast.training.lora import decoder_linears
+from llava_fast.training.options import LoraOptions
 from llava_fast.training.step import part_of
 
 GIB = 2**30
@@ -95,8 +96,13 @@ def check_fits(model: LlavaConfig, config: TrainConfig, precision: str, world: i
     }
     if world > 1 or precision == "bf16_pure":
         del other["optimizer adamw_8bit"]
+    if config.lora is None:
+        other["lora"] = (replace(config, optimizer="adamw", lora=LoraOptions(), lr_vision_tower="frozen"), precision, world)
+    else:
+        other["lora.base int4"] = (replace(config, lora=replace(config.lora, base="int4")), precision, world)
     less = {name: footprint(model, *rest).total for name, rest in other.items()}
+    fitting = [f"{name} {size / GIB:.1f} GiB" for name, size in less.items() if size <= capacity]
     raise ValueError(
         f"weights, gradients and moments take {needed / GIB:.1f} GiB of a device's {capacity / GIB:.1f}, and activations come on top; "
-        "less take " + ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in less.items() if size < needed) + ", or lora"
+        + (f"what fits: {', '.join(fitting)}" if fitting else f"nor does it fit with {', '.join(less)}")
     )

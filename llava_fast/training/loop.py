@@ -210,7 +210,9 @@ def fit(
     # Weights in bf16 under fp32 masters are FSDP's own affair where there are several processes.
     trained = prepare_parameters(model, config, "fp32" if ranks.world > 1 and precision == "bf16" else precision)
     settings = _settings(model, data, config, precision)
-    base = weights_fingerprint(model.named_parameters(), stored_dtype(precision)) if isinstance(objective, PreferenceLoss) else None
+    base = None
+    if isinstance(objective, PreferenceLoss):
+        base = weights_fingerprint(model.named_parameters(), stored_dtype(precision)) + weights_fingerprint(quantised_tensors(model))
     validation = None if held_out is None else plan_validation(held_out, config, on_bad, ranks, share)
     root = None
     if ranks.world > 1:

@@ -173,7 +173,9 @@ class Loop:
             self._save(last=True)
         if number and run.step < self.total:
             self.report.say(f"stopped after step {run.step} of {self.total}; the same call goes on from there")
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+            end = KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
+            end.agreed = True  # type: ignore[union-attr]
+            raise end
         if self.validation is not None:
             self._validate()
 
