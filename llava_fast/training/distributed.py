@@ -10,7 +10,6 @@ import dataclasses
 import os
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -126,12 +125,13 @@ def connected(device: torch.device, timeout: int) -> Iterator[tuple[Ranks, torch
         device, backend = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     store, rank, world = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
-    board = store.clone()  # a connection of its own: calls on one wait for each other
+    # torchrun's store outlives a run: the addresses and notices of one are not those of the next. Every rank counts the same.
+    run = f"llava_fast/{store.add(f'llava_fast/runs/{rank}', 1)}"
+    board = dist.PrefixStore(run, store.clone())  # a connection of its own: calls on one wait for each other
+    store = dist.PrefixStore(run, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=timeout))
+    ranks = Ranks(rank, world)
     try:
-        ranks = Ranks(rank, world)
-        # torchrun's store outlives a run: the notices of one are not those of the next.
-        board = dist.PrefixStore(ranks.gather(uuid.uuid4().hex)[0], board)
         with one_fate(board, ranks):
             yield ranks, device
             dist.barrier()  # the one that keeps the store leaves last
