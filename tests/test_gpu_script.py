@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, limits, results
+from bench import gpu, results
 from bench.cases import CASES, Case
 from bench.correctness import check
+from llava_fast import limits
 from llava_fast.kernels import registry
 
 ROOT = Path(__file__).parent.parent
