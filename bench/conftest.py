@@ -2,13 +2,15 @@
 
 --seconds S     time a benchmark may take (default 2)
 --checkpoint D  a checkpoint of bench.full_size to use again
+--long          the benchmarks marked `long` alone, which the rest leave out: minutes each, some wanting 16 GB
 --record NAME   write the results to bench/results/<device>/<date>-<commit>-NAME.json
 --results DIR   in place of bench/results
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import statistics
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from bench import results
 from bench.full_size import make_full_size
-from bench.paired import Paired, rounds_for
+from bench.paired import OURS, Paired, rounds_for, row_of_sides
 from llava_fast import memory
 from llava_fast.limits import Limits, describe, probe, seconds
 
@@ -29,12 +31,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--seconds", type=float, default=2.0, help="time a benchmark may take")
     group.addoption("--checkpoint", type=Path, help="a directory that bench.full_size made before, instead of a new one")
     group.addoption("--results", type=Path, default=results.RESULTS, help="where --record writes")
+    group.addoption("--long", action="store_true", help="the long benchmarks, and only those")
     group.addoption("--record", metavar="NAME", help="write the results under bench/results/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_rows] = []
     config.stash[_limits] = {}
+    config.addinivalue_line("markers", "long: minutes; runs with --long alone")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--long")
+    left_out = [item for item in items if (item.get_closest_marker("long") is not None) != wanted]
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture(scope="session")
@@ -49,9 +60,7 @@ def kept_memory() -> Iterator[None]:
 
     A copy of 33 MB takes 13.7 ms into a new mapping and 3.5 ms into memory that is there.
     """
-    with memory.kept_memory() as kept:
-        if not kept:
-            pytest.skip("the C library is not glibc, or the environment sets its allocator")
+    with memory.kept_memory():  # elsewhere than in glibc there is nothing to change, for either side
         yield
 
 
@@ -72,33 +81,43 @@ def limits(request: pytest.FixtureRequest) -> Callable[[str], Limits]:
 def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.FixtureRequest) -> Callable[..., Paired]:
     """paired(ours, baseline, device='cpu', bytes_moved=... | bytes_read=... | operations=..., limit=...) times both in turns.
 
-    pytest-benchmark times `ours`; each round is preceded by one of `baseline`. bytes_moved and operations of one call of ours
-    give its rate and the share of the limit: copy bandwidth for bytes moved, read bandwidth for bytes_read, or `limit` operations a
-    second.
-    Everything lands in benchmark.extra_info.
+    baseline is a function, or several by name: then the ratio is against the fastest, and the row has `sides`. pytest-benchmark times
+    `ours`; each round is preceded by one of each baseline, five rounds or `rounds` at the least. bytes_moved and operations of one call of
+    ours give its rate and the share of the limit: copy bandwidth for bytes moved, read bandwidth for bytes_read, or `limit` operations a
+    second. axis='rows', at=4096: a point of a curve. Further keywords are facts that go into the row.
     """
 
     def run(
         ours: Callable[[], object],
-        baseline: Callable[[], object],
+        baseline: Callable[[], object] | Mapping[str, Callable[[], object]],
         *,
         device: str = "cpu",
         bytes_moved: float | None = None,
         bytes_read: float | None = None,
         operations: float | None = None,
         limit: float | None = None,
+        axis: str | None = None,
+        at: float | None = None,
+        rounds: int = 5,
+        **facts: Any,
     ) -> Paired:
         machine = limits(device)
-        our_times: list[float] = []
-        baseline_times: list[float] = []
-        rounds = rounds_for(ours, baseline, request.config.getoption("--seconds"), device)
-        benchmark.pedantic(
-            lambda: our_times.append(seconds(ours, device)),
-            setup=lambda: baseline_times.append(seconds(baseline, device)),
-            rounds=rounds,
-        )
-        pairs = Paired(tuple(our_times), tuple(baseline_times))
-        row = {"name": request.node.name, "device": device, **pairs.summary()}
+        baselines = dict(baseline) if isinstance(baseline, Mapping) else {"baseline": baseline}
+        times: dict[str, list[float]] = {name: [] for name in (OURS, *baselines)}
+        count = rounds_for(ours, *baselines.values(), budget=request.config.getoption("--seconds"), device=device, least=rounds)
+
+        def rivals() -> None:
+            for name, rival in baselines.items():
+                times[name].append(seconds(rival, device))
+
+        benchmark.pedantic(lambda: times[OURS].append(seconds(ours, device)), setup=rivals, rounds=count)
+        sides = {name: {"ms": statistics.median(measured) * 1e3} for name, measured in times.items()}
+        row = row_of_sides(request.node.name, sides, "ms", device=device, axis=axis, at=at, **facts)
+        del row["ratio_ms"]  # of the medians; the ratio is the median of the rounds' own
+        if not isinstance(baseline, Mapping):
+            del row["sides"], row["baseline"]
+        pairs = Paired(tuple(times[OURS]), tuple(times[row.get("baseline", "baseline")]))
+        row |= pairs.summary()
         for moved, best in ((bytes_moved, machine.copy_gbs), (bytes_read, machine.read_gbs)):
             if moved is not None:
                 row["gbs"] = moved / row["ours_ms"] / 1e6
@@ -111,6 +130,19 @@ def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.Fixt
         return pairs
 
     return run
+
+
+@pytest.fixture
+def record_sides(benchmark: Any, record_row: Callable[[dict[str, Any]], None]) -> Callable[..., dict[str, Any]]:
+    """record_sides(name, sides, by, axis=..., at=..., **facts): bench.paired.row_of_sides, kept; returns the row."""
+
+    def keep(*arguments: Any, **named: Any) -> dict[str, Any]:
+        row = row_of_sides(*arguments, **named)
+        record_row(row)
+        benchmark.extra_info.update(row)
+        return row
+
+    return keep
 
 
 @pytest.fixture
@@ -132,7 +164,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for limits in known.values():
         terminalreporter.write_line(describe(limits))
     for row in [row for row in rows if "ours_ms" not in row]:
-        terminalreporter.write_line(f"{row['name']}, {row['rounds']} rounds")
+        rounds = f", {row['rounds']} rounds" if "rounds" in row else ""
+        against = f", against {row['baseline']}" if "baseline" in row else ""
+        terminalreporter.write_line(f"{row['name']}{rounds}{against}")
         for key in [key.removeprefix("ratio_") for key in row if key.startswith("ratio_")]:
             ours, theirs = row["ours_" + key], row["baseline_" + key]
             terminalreporter.write_line(f"  {key:14} ours {ours:>16,.2f}  baseline {theirs:>16,.2f}  ratio {row['ratio_' + key]:.2f}")
@@ -143,12 +177,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     for row in timed:
         rate = f"{row['gbs']:.1f} GB/s" if "gbs" in row else f"{row['gflops']:,.0f} GFLOP/s" if "gflops" in row else ""
         share = f"{row['of_limit']:.0%}" if "of_limit" in row else ""
-        spread = f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] of {row['rounds']}"
+        spread = f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}] of {row['rounds']} {row.get('baseline', '')}"
         terminalreporter.write_line(
             f"{row['name']:{width}} {row['ours_ms']:9.3f} {rate:>13} {share:>9} {row['baseline_ms']:12.3f}  {spread}"
         )
     if name := config.getoption("--record"):
+        settings = {option: config.getoption("--" + option) for option in ("seconds", "long")}
         for device, limits in known.items():
             measured = [row for row in rows if row["device"] == device]
-            path = results.write(name, measured, {"seconds": config.getoption("--seconds")}, limits, config.getoption("--results"))
+            path = results.write(name, measured, settings, limits, config.getoption("--results"))
             terminalreporter.write_line(f"written: {path}")

@@ -50,8 +50,30 @@ def test_ratio_is_taken_pair_by_pair() -> None:
 @pytest.mark.parametrize(("budget", "expected"), [(0.0, 5), (1e9, 100)])
 def test_rounds_are_bounded(budget: float, expected: int) -> None:
     calls: list[str] = []
-    assert paired.rounds_for(lambda: calls.append("a"), lambda: calls.append("b"), budget, "cpu") == expected
+    runs = [lambda: calls.append("a"), lambda: calls.append("b")]
+    assert paired.rounds_for(*runs, budget=budget, device="cpu") == expected
     assert calls == ["a", "b"] * 2
+
+
+def test_a_row_of_sides_is_against_the_strongest() -> None:
+    sides = {
+        "llava_fast": {"step_s": 2.0, "tokens_per_s": 100.0, "anon_bytes": 5},
+        "padded": {"step_s": 9.0, "tokens_per_s": 20.0, "anon_bytes": 20},
+        "by hand": {"step_s": 5.0, "tokens_per_s": 40.0},
+    }
+    row = paired.row_of_sides("training", sides, "step_s", axis="tokens", at=2407, layers=4)
+    assert row["baseline"] == "by hand" and row["sides"] == sides
+    assert row["ratio_step_s"] == 2.5 and row["ratio_tokens_per_s"] == 2.5, "above 1 is better in either direction"
+    assert "ratio_anon_bytes" not in row, "the strongest did not measure it"
+    assert (row["axis"], row["at"], row["layers"]) == ("tokens", 2407, 4)
+    assert paired.strongest(sides, "tokens_per_s") == "by hand" and paired.strongest(sides, "anon_bytes") == "padded"
+
+
+def test_a_row_without_a_rival_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected 'llava_fast' and a baseline with 'ms'"):
+        paired.row_of_sides("alone", {"llava_fast": {"ms": 1.0}}, "ms")
+    with pytest.raises(ValueError, match="a point of a curve has an axis"):
+        paired.row_of_sides("half", {"llava_fast": {"ms": 1.0}, "b": {"ms": 2.0}}, "ms", axis="rows")
 
 
 def test_paired_fixture_in_a_run(tmp_path: Path) -> None:
@@ -59,6 +81,7 @@ def test_paired_fixture_in_a_run(tmp_path: Path) -> None:
     (tmp_path / "bench_order.py").write_text(
         """
 import types
+import pytest
 import llava_fast.limits
 def test_order(paired, limits, benchmark, monkeypatch):
     limits("cpu")
@@ -72,6 +95,13 @@ def test_order(paired, limits, benchmark, monkeypatch):
     assert calls == ["a", "b"] * 2 + ["b", "a"] * 5  # warm-up, calibration, then turns
     assert benchmark.extra_info["ratio"] == sorted(pairs.ratios)[2]
     assert benchmark.stats.stats.rounds == 5
+    benchmark._mode = None  # a second measurement of one test
+    paired(lambda: spend("a", 0.002), {"slow": lambda: spend("b", 0.02), "quick": lambda: spend("c", 0.01)}, axis="rows", at=7, rounds=6)
+    assert calls[14:] == ["a", "b", "c"] * 2 + ["b", "c", "a"] * 6
+
+@pytest.mark.long
+def test_long(paired):
+    raise AssertionError("it was not asked for")
 """
     )
     script = f"""
@@ -87,11 +117,14 @@ sys.exit(pytest.main([*arguments, "--seconds", "0.01", "--record", "order", {str
     assert "limits of this cpu" in run.stdout and "test_order" in run.stdout
     (file,) = (tmp_path / "results").rglob("*.json")
     result = results.load(file)
-    (row,) = result["measurements"]
-    assert result["settings"] == {"seconds": 0.01} and row["rounds"] == 5
+    row, several = result["measurements"]
+    assert result["settings"] == {"seconds": 0.01, "long": False} and row["rounds"] == 5
     assert [row[key] for key in ("ours_ms", "baseline_ms", "ratio", "ratio_low", "ratio_high")] == pytest.approx([2, 6, 3, 3, 3])
     assert row["gbs"] == pytest.approx(1)
     assert row["of_limit"] == pytest.approx(row["gbs"] / result["limits"]["copy_gbs"])
+    assert several["baseline"] == "quick" and several["ratio"] == pytest.approx(5) and (several["axis"], several["at"]) == ("rows", 7)
+    assert {side: values["ms"] for side, values in several["sides"].items()} == pytest.approx({"llava_fast": 2, "slow": 20, "quick": 10})
+    assert "sides" not in row and "1 deselected" in run.stdout
 
 
 def test_result_file_round_trip(tmp_path: Path, small_probe: limits.Limits) -> None:
