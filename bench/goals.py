@@ -18,7 +18,7 @@ class Goal:
     """what: a line.  bound: the least (or, at_most, the greatest) value that meets it.
     result, measurements: the result file's name and a pattern of its measurements' names (fnmatch, [ and ] as they are).
     key: what is read of each, a pattern too; inverse: 1 over it (a memory ratio 'baseline over ours' as 'ours over baseline').
-    unit: 'x' or '%'.
+    unit: 'x', '%', or a rate of UNITS, in which the bound is.
     """
 
     what: str
@@ -35,7 +35,7 @@ class Goal:
         found = [m for name, result in known.items() if fnmatchcase(name, self.result) for m in result["measurements"]]
         pattern = self.measurements.replace("[", "[[]")
         values = [m[key] for m in found if fnmatchcase(m["name"], pattern) for key in m if fnmatchcase(key, self.key)]
-        return [1 / value for value in values] if self.inverse else values
+        return [1 / value for value in values] if self.inverse else [value * UNITS.get(self.unit, 1.0) for value in values]
 
     def value(self, known: Mapping[str, Mapping[str, Any]]) -> float | None:
         values = self.values(known)
@@ -47,6 +47,8 @@ class Goal:
     def shown(self, value: float) -> str:
         if self.unit == "%":
             return f"{value:.0%}"
+        if self.unit in UNITS:
+            return f"{value:,.0f} {self.unit}"
         return f"{value:,.0f}x" if abs(value) >= 20 else f"{value:.3g}x"
 
 
@@ -88,17 +90,24 @@ CPU: dict[str, tuple[Goal, ...]] = {
         Goal("a preference pair with 8 pictures, against both conversations whole", 1.6, "preferences", "preferences_*", STEP),
     ),
 }
-# What a GPU is to show. None of it has been measured.
-GPU: dict[str, tuple[str, ...]] = {
-    "One H200": (
-        "attention d=72 over 64 views: 300 useful TFLOP/s forward in Triton, 340 in CUDA C++ (240 backward)",
-        "attention d=128, causal, 4k: 340 forward and 220 backward in Triton, 550 and 430 in CUDA C++",
-        "cross-entropy of label rows at 7b: 550 TFLOP/s; norms and pooling 85 % of copy bandwidth",
-        "7b, one request at 1k context: 240 tokens/s; 0.5b: 2,000; 16 pictures to the first token in 60 ms; 700 views/s",
-        "256 requests on 7b: 90 % of step time on the device",
-        "7b full fine-tuning on one card at rows of 16k tokens: 40 % of 989 TFLOP/s (0.5b: 35 %), 1.3x the loop by hand",
-    )
+# Of `make gpu` on one H200: rates of the best implementation of ours, in the files that its stages write.
+KERNELS, MODEL = "gpu_kernels", "gpu_model"
+GPU: dict[str, tuple[Goal, ...]] = {
+    "Kernels on one H200": (
+        Goal("attention d=72 over 64 views, forward, Triton", 300, KERNELS, "attention d72 full*729", "ours triton_gflops", "TFLOP/s"),
+        Goal("the same, CUDA C++", 340, KERNELS, "attention d72 full*729", "ours cuda_gflops", "TFLOP/s"),
+        Goal("attention d=128, causal, 4k, forward, Triton", 340, KERNELS, "attention d128 causal*4096", "ours triton_gflops", "TFLOP/s"),
+        Goal("the same with its gradient", 245, KERNELS, "attention d128 causal*backward", "ours triton_gflops", "TFLOP/s"),
+        Goal("loss of 4,096 label rows at 7b, forward and backward", 550, KERNELS, "loss 7b*backward", "gflops", "TFLOP/s"),
+        Goal("norms, share of copy bandwidth", 0.85, KERNELS, "*_norm *", "of_limit", "%"),
+        Goal("pooling, share of copy bandwidth", 0.85, KERNELS, "pool *", "of_limit", "%"),
+    ),
+    "The 0.5b model on one H200": (
+        Goal("decode of one request", 2000, MODEL, "decode at 1500, batch 1, triton*", "tokens_per_s", "tokens/s"),
+        Goal("vision tower", 700, MODEL, "tower, 32 views, triton*", "views_per_s", "views/s"),
+    ),
 }
+UNITS = {"TFLOP/s": 1e-3, "tokens/s": 1.0, "views/s": 1.0}  # what a file's number is multiplied by
 
 
 def table(goals: Iterable[Goal], known: Mapping[str, Mapping[str, Any]]) -> str:
@@ -110,16 +119,14 @@ def table(goals: Iterable[Goal], known: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def section(known: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Goals of the CPU with what was measured (the worst of the shapes that a goal names), then those of a GPU."""
-    every = [goal for goals in CPU.values() for goal in goals]
-    met = sum(value is not None and goal.met(value) for goal in every for value in [goal.value(known)])
-    parts = [
-        "## Goals",
-        f"{met} of {len(every)} are met on the CPU. A goal's value is its worst shape's.",
-    ]
-    for name, goals in CPU.items():
-        parts += [f"**{name}**", table(goals, known)]
-    for name, lines in GPU.items():
-        parts += [f"**{name}** ({NOT_MEASURED})", "\n".join(f"- {line}" for line in lines)]
+def section(known: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """Goals with what was measured (the worst of the shapes that a goal names), of the CPU and of a GPU."""
+    parts = ["## Goals", "A goal's value is its worst shape's."]
+    for where, kind, goals in (("the CPU", "cpu", CPU), ("a GPU", "cuda", GPU)):
+        every = [goal for own in goals.values() for goal in own]
+        values = [(goal, goal.value(known.get(kind, {}))) for goal in every]
+        met, open_ = sum(value is not None and goal.met(value) for goal, value in values), sum(value is None for _, value in values)
+        parts.append(f"On {where} {met} of {len(every)} are met{f', {open_} not measured' if open_ else ''}.")
+        for name, own in goals.items():
+            parts += [f"**{name}**", table(own, known.get(kind, {}))]
     return parts

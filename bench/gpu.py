@@ -138,7 +138,9 @@ def measure(case: Case, machine: limits.Limits, dry: bool, backward: bool) -> Ro
     if best:
         row["ours_ms"] = best
         if operations > moved * 100:  # bound by arithmetic
-            row["gflops"] = (work_of_backward(operations, case.op) if backward else operations) / best / 1e6
+            done = work_of_backward(operations, case.op) if backward else operations
+            row |= {f"{name}_gflops": done / ms / 1e6 for name, ms in times.items()}
+            row["gflops"] = done / best / 1e6
             row["of_limit"] = row["gflops"] / machine.gemm_bf16_gflops
         elif not backward:
             row["gbs"] = moved / best / 1e6

@@ -5,19 +5,16 @@ Nothing in them is typed by hand but the labels here. The newest file of a name 
 
 from __future__ import annotations
 
-import re
-import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import goals, results
-from llava_fast.limits import Limits, describe
+from bench import goals, page, pictures, results
+from bench.page import unit_of, with_unit
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
-GREY = "#808080"  # text and axes: readable on white and on black
 
 Result = dict[str, Any]
 
@@ -90,127 +87,17 @@ def _row(line: Line, m: Mapping[str, Any] | None) -> str:
         return f"| {line.label} | {goals.NOT_MEASURED} | | |"
     ratio = m.get(f"ratio_{line.quantity}", m.get("ratio"))
     assert ratio is not None, line
-    unit = line.quantity.rpartition("_")[2]
-    ours, theirs = (with_unit(m[f"{side}_{line.quantity}"], unit) for side in ("ours", "baseline"))
-    return f"| {line.label} | {ours} | {theirs} | {times(ratio)} |"
+    ours, theirs = (with_unit(m[f"{side}_{line.quantity}"], unit_of(line.quantity)) for side in ("ours", "baseline"))
+    return f"| {line.label} | {ours} | {theirs}{rival(m)} | {times(ratio)} |"
 
 
-def with_unit(value: float, unit: str) -> str:
-    """Two or three digits in a unit a reader knows; value in ms, s, bytes or mb."""
-    if unit == "mb":
-        return with_unit(value * 1e6, "bytes")
-    if unit == "bytes":
-        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
-    seconds = value / 1e3 if unit == "ms" else value
-    if seconds >= 1:
-        return f"{seconds:.0f} s" if seconds >= 20 else f"{seconds:.1f} s"
-    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.02 else f"{seconds * 1e3:.2g} ms"
+def rival(m: Mapping[str, Any]) -> str:
+    """Which baseline, where a measurement has several."""
+    return f", {m['baseline'].removeprefix('transformers').strip()}" if len(m.get("sides", ())) > 2 else ""
 
 
 def times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
-
-
-# --- docs/performance.md ----------------------------------------------------------------------------------------------------------
-
-
-def page(known: Mapping[str, Mapping[str, Result]]) -> str:
-    """The goals, then everything that was measured, a section a file."""
-    parts = [
-        "# What was measured",
-        "Rendered by `make report` from the files in [bench/results/](../bench/results/). Ratios are baseline over ours, medians of runs "
-        "in turns; the share is of the limit that the same run measured first.",
-        *goals.section(known.get("cpu", {})),
-    ]
-    for kind in ("cpu", "cuda"):
-        parts.append(f"## {'CPU' if kind == 'cpu' else 'GPU'}")
-        if kind not in known:
-            parts.append("Not measured.")
-            continue
-        if kind == "cpu":
-            parts += ["![Share of the limit by op](limits.png)", "![Times faster than the baseline, by benchmark](ratios.png)"]
-        parts += [part for name in sorted(known[kind]) for part in section(known[kind][name])]
-    return "\n\n".join(parts) + "\n"
-
-
-def section(result: Result) -> list[str]:
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-    commit = f"commit {result['commit']}{' with changes' if result['dirty'] else ''}"
-    where = f"{result['device']['name']}, {result['date'][:10]}, {commit}; {versions}."
-    limits = describe(Limits(**result["limits"]))
-    timed = [m for m in result["measurements"] if "ours_ms" in m and "ratio" in m]
-    others = [m for m in result["measurements"] if m not in timed]
-    parts = [f"### {result['name'].replace('_', ' ')}", f"{where} {limits[0].upper()}{limits[1:]}."]
-    if timed:
-        rows = ["| | ours | baseline | ratio | quartiles | rate | of the limit |", "|---|---|---|---|---|---|---|"]
-        parts.append("\n".join(rows + [_timed(m) for m in timed]))
-    for m in others:
-        pairs = [(key.removeprefix("ratio_"), value) for key, value in m.items() if key.startswith("ratio_")]
-        rows = ["| " + m["name"].replace("_", " ") + " | ours | baseline | ratio |", "|---|---|---|---|"]
-        rows += [
-            f"| {key.replace('_', ' ')} | {_plain(m['ours_' + key])} | {_plain(m['baseline_' + key])} | {value:.2f} |"
-            for key, value in pairs
-        ]
-        if pairs:
-            parts.append("\n".join(rows))
-        else:
-            shown = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in m.items() if isinstance(value, (int, float)))
-            parts.append(f"{m['name'].replace('_', ' ')}: {shown}.")
-    return parts
-
-
-def _timed(m: Mapping[str, Any]) -> str:
-    rate = f"{m['gbs']:.1f} GB/s" if "gbs" in m else f"{m['gflops']:,.0f} GFLOP/s" if "gflops" in m else ""
-    share = f"{m['of_limit']:.0%}" if "of_limit" in m else ""
-    spread = f"{m['ratio_low']:.2f} to {m['ratio_high']:.2f}" if "ratio_low" in m else ""
-    name = m["name"].removeprefix("test_").replace("_", " ")
-    return f"| {name} | {m['ours_ms']:.3g} ms | {m['baseline_ms']:.3g} ms | {m['ratio']:.2f} | {spread} | {rate} | {share} |"
-
-
-def _plain(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------------------------
-
-
-def groups(known: Iterable[Result], key: str) -> dict[str, list[float]]:
-    """Measurements that have `key`, by file and test: what is in brackets differs within a group."""
-    found: dict[str, list[float]] = {}
-    for result in known:
-        for m in result["measurements"]:
-            if key in m:
-                test = re.sub(r"\[.*", "", m["name"]).removeprefix("test_")
-                found.setdefault(f"{result['name']}: {test}".replace("_", " "), []).append(m[key])
-    return found
-
-
-def draw(found: Mapping[str, list[float]], title: str, target: Path, share: bool) -> None:
-    """A dot a measurement, a line a group, a bar at the median; sorted by it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    order = sorted(found, key=lambda name: statistics.median(found[name]))
-    figure, axis = pyplot.subplots(figsize=(9, 0.6 + 0.32 * len(order)), layout="constrained")
-    for y, name in enumerate(order):
-        axis.scatter(found[name], [y] * len(found[name]), s=22, color="#3b82c4", alpha=0.7, linewidths=0)
-        axis.plot([statistics.median(found[name])], [y], "|", markersize=16, markeredgewidth=2, color="#d9822b")
-    axis.axvline(1.0, color=GREY, linewidth=1)
-    axis.set_yticks(range(len(order)), order)
-    axis.set_xscale("linear" if share else "log")
-    if share:
-        axis.set_xlim(0, None)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    else:
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
-    axis.set_title(title, color=GREY, fontsize=11, loc="left")
-    axis.tick_params(colors=GREY, labelsize=9)
-    for spine in axis.spines.values():
-        spine.set_color(GREY)
-    figure.savefig(target, dpi=110, transparent=True, metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def put(text: str, made: str) -> str:
@@ -223,19 +110,21 @@ def put(text: str, made: str) -> str:
 
 
 def main(root: Path = ROOT) -> None:
-    known = newest(root / "bench" / "results")
+    known, docs = newest(root / "bench" / "results"), root / "docs"
     readme = root / "README.md"
     readme.write_text(put(readme.read_text(), table(known.get("cpu", {}))))
-    (root / "docs" / "performance.md").write_text(page(known))
-    if "cpu" in known:
-        cpu = [known["cpu"][name] for name in sorted(known["cpu"])]
-        draw(
-            groups(cpu, "of_limit"),
-            "share of the limit (bandwidth or fp32 FMA); a dot a shape",
-            root / "docs" / "limits.png",
-            True,
-        )
-        draw(groups(cpu, "ratio"), "times as fast as the baseline; a dot a shape", root / "docs" / "ratios.png", False)
+    (docs / "performance.md").write_text(page.page(known))
+    for old in (docs / "curves").glob("*.png"):
+        old.unlink()
+    every = [known[kind][name] for kind in known for name in sorted(known[kind])]
+    for result in every:
+        for name, curve in pictures.curves(result).items():
+            pictures.draw_curve(curve, result["name"].replace("_", " "), docs / page.picture_of(result, name))
+    if cpu := [result for result in every if result["device"]["kind"] == "cpu"]:
+        limits = "share of the limit (bandwidth or fp32 FMA); a dot a shape"
+        pictures.draw_dots(pictures.groups(cpu, "of_limit"), limits, docs / "limits.png", True)
+        ratios = "times as fast as the baseline; a dot a shape"
+        pictures.draw_dots(pictures.groups(cpu, "ratio"), ratios, docs / "ratios.png", False)
 
 
 if __name__ == "__main__":
