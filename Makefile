@@ -8,7 +8,7 @@ TESTED := llava_fast kernels bench tests setup.py
 # One thread a process: the suite's parallelism is its worker processes.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-interpreter test-aot test-main test-fast test-online test-gpu lint format aot bench bench-check report gpu tune tune-check clean
+.PHONY: help demo test test-interpreter test-aot test-main test-fast test-online test-gpu lint format aot bench bench-long bench-check report gpu tune tune-check clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -52,13 +52,15 @@ format: $(STAMP) ## rewrite the sources as lint wants them
 	$(BIN)/ruff format $(TESTED)
 	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-bench: $(STAMP) ## the limits of this machine, then every benchmark against its baseline
-	$(BIN)/python -m llava_fast.limits
-	$(BIN)/python -m pytest bench --benchmark-only
+bench: $(STAMP) ## every benchmark against its baselines, with the limits of this machine; results under bench/results/
+	$(BIN)/python -m bench
+
+bench-long: $(STAMP) ## those that take minutes each; the goals of the larger sizes are held against them
+	$(BIN)/python -m bench --long
 
 bench-check: $(STAMP) ## measure again, and fail where a ratio fell by more than 7 % against the committed one
 	rm -rf build/bench-check
-	$(BIN)/python -m pytest bench --benchmark-only --record check --results build/bench-check
+	$(BIN)/python -m bench --results build/bench-check
 	$(BIN)/python -m bench.check build/bench-check
 
 report: $(STAMP) ## render docs/performance.md, its pictures and the README's table from bench/results/

@@ -64,14 +64,19 @@ def device_facts(kind: str) -> dict[str, Any]:
     return {"kind": "cpu", "name": cpu_name(), "driver": None, "threads": torch.get_num_threads(), "isa": _cpu.isa()}
 
 
+def tree() -> dict[str, Any]:
+    """commit, and dirty: whether tracked files differ from it."""
+    commit = _output("git", "rev-parse", "--short=10", "HEAD")
+    return {"commit": commit, "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))}
+
+
 def record(name: str, measurements: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     """The object that `write` writes."""
     return {
         "schema": 1,
         "name": name,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "--short=10", "HEAD"),
-        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        **tree(),
         "device": device_facts(limits.device),
         "versions": {
             "python": platform.python_version(),
