@@ -31,6 +31,7 @@ SUITES = {
     "engine": 360,
     "training": 380,
     "inputs": 40,
+    "profile": 45,
     "linear_cross_entropy": 50,
     "varlen_attention": 60,
     "linear": 110,
@@ -38,7 +39,7 @@ SUITES = {
     "spatial_pool": 40,
     "sampling": 10,
 }
-NEEDS_FULL_SIZE = ("first_token", "model", "engine")
+NEEDS_FULL_SIZE = ("first_token", "model", "engine", "profile")
 
 
 def arguments_of(suite: str, long: bool, checkpoint: Path | None, folder: Path | None) -> list[str]:

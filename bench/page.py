@@ -51,6 +51,7 @@ def page(known: Mapping[str, Mapping[str, Result]]) -> str:
             continue
         if kind == "cpu":
             parts += ["![Share of the limit by op](limits.png)", "![Times faster than the baseline, by benchmark](ratios.png)"]
+            parts += ["![Where the time goes](profile.png)"] if "profile" in known[kind] else []
         parts += [part for name in sorted(known[kind]) for part in section(known[kind][name])]
     return "\n\n".join(parts) + "\n"
 
@@ -79,7 +80,9 @@ def section(result: Result) -> list[str]:
         if m in points:
             continue
         pairs = [(key.removeprefix("ratio_"), value) for key, value in m.items() if key.startswith("ratio_")]
-        if "sides" in m:
+        if "ops" in m:
+            parts.append(_profile(m))
+        elif "sides" in m:
             parts.append(_sides(words(m["name"]), [m]))
         elif pairs:
             rows = [f"| {words(m['name'])} | ours | baseline | ratio |", "|---|---|---|---|"]
@@ -104,6 +107,17 @@ def _sides(name: str, measurements: Sequence[Mapping[str, Any]]) -> str:
             cells = [with_unit(m["sides"][s][quantity], unit_of(quantity)) if quantity in m["sides"].get(s, {}) else "" for s in order]
             ratio = f"{m['ratio_' + quantity]:.2f}" if f"ratio_{quantity}" in m else ""
             rows.append(f"| {place}{words(quantity)} | {' | '.join(cells)} | {ratio} |")
+    return "\n".join(rows)
+
+
+def _profile(m: Mapping[str, Any]) -> str:
+    """The ops of a phase that take two hundredths of it or more."""
+    rows = [f"| {m['name']}: {m['seconds'] * 1e3:,.0f} ms | calls | ms | share | of its limit | bound by |", "|---" * 6 + "|"]
+    for op in m["ops"]:
+        if op["seconds"] >= 0.02 * m["seconds"]:
+            of_limit = f"{op['limit'] / op['seconds']:.0%}" if op["limit"] else ""
+            share = f"{op['seconds'] / m['seconds']:.0%}"
+            rows.append(f"| {op['name']} | {op['calls']} | {op['seconds'] * 1e3:,.1f} | {share} | {of_limit} | {op['bound']} |")
     return "\n".join(rows)
 
 

@@ -5,6 +5,7 @@ Nothing in them is typed by hand but the labels here. The newest file of a name 
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 
 from bench import goals, page, pictures, results
 from bench.page import unit_of, with_unit
+from llava_fast.profile import OpTime, Phase
+from llava_fast.profile import draw as draw_profile
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- made by `make report` -->", "<!-- end -->"
+DEMO_BEGIN, DEMO_END = "<!-- the demo, made by `make report` -->", "<!-- end of the demo -->"
 
 Result = dict[str, Any]
 
@@ -100,19 +104,56 @@ def times(ratio: float) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
-def put(text: str, made: str) -> str:
+# What is measured, and keys of a seed's measurement before and after.
+DEMO: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("`align`: captions word for word; the projector alone learns", ("captions_random_projector",), ("captions_aligned",)),
+    ("`sft`, then `interleave`: all questions", ("accuracy_after_align",), ("accuracy_after_sft", "accuracy_after_interleave")),
+    ("`dpo`: held-out pairs whose better answer is the likelier", ("preferred_before_dpo",), ("preferred_after_dpo",)),
+    ('`dpo`: answers that end with ", I think"', ("hedged_before_dpo",), ("hedged_after_dpo",)),
+    (
+        "in the end: several pictures, video, 3D views, one picture",
+        (),
+        ("accuracy_multi-image", "accuracy_video", "accuracy_3D_views", "accuracy_one_picture"),
+    ),
+)
+
+
+def demo_table(result: Result | None) -> str:
+    """What the stages of `make demo` do on held-out data: means over the seeds, with the least seed's in brackets where it shows."""
+    if result is None:
+        return f"`make demo`: {goals.NOT_MEASURED}"
+    rows = result["measurements"]
+
+    def share(key: str) -> str:
+        mean, least = (f"{value:.0%}" for value in (statistics.mean(row[key] for row in rows), min(row[key] for row in rows)))
+        return mean if mean == least else f"{mean} ({least})"
+
+    agree, compared = (sum(row[f"{key}_with_transformers"] for row in rows) for key in ("agree", "compared"))
+    where = f"{result['device']['threads']} cores of the same machine, mean of {len(rows)} seeds (the least)"
+    lines = [f"| `make demo` on {where} | before | after |", "|---|---|---|"]
+    lines += [f"| {what} | {', '.join(map(share, before))} | {', '.join(map(share, after))} |" for what, before, after in DEMO]
+    lines += [f"| un-pooled answers that agree with transformers token for token | | {agree:,} of {compared:,} |"]
+    return "\n".join([*lines, f"| seconds, data and measurements included | | {statistics.median(row['total_s'] for row in rows):.0f} |"])
+
+
+def put(text: str, made: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what is between the marks replaced. Raises ValueError where there are none."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"expected a part between {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{made}\n{END}{after}"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"expected a part between {begin} and {end}")
+    return f"{before}{begin}\n{made}\n{end}{after}"
+
+
+def rendered(readme: str, cpu: Mapping[str, Result]) -> str:
+    """README with its two tables."""
+    return put(put(readme, table(cpu)), demo_table(cpu.get("demo")), DEMO_BEGIN, DEMO_END)
 
 
 def main(root: Path = ROOT) -> None:
     known, docs = newest(root / "bench" / "results"), root / "docs"
     readme = root / "README.md"
-    readme.write_text(put(readme.read_text(), table(known.get("cpu", {}))))
+    readme.write_text(rendered(readme.read_text(), known.get("cpu", {})))
     (docs / "performance.md").write_text(page.page(known))
     for old in (docs / "curves").glob("*.png"):
         old.unlink()
@@ -125,6 +166,9 @@ def main(root: Path = ROOT) -> None:
         pictures.draw_dots(pictures.groups(cpu, "of_limit"), limits, docs / "limits.png", True)
         ratios = "times as fast as the baseline; a dot a shape"
         pictures.draw_dots(pictures.groups(cpu, "ratio"), ratios, docs / "ratios.png", False)
+    if found := known.get("cpu", {}).get("profile"):
+        phases = [Phase(m["name"], m["seconds"], tuple(OpTime(**op) for op in m["ops"])) for m in found["measurements"]]
+        draw_profile(phases, docs / "profile.png")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from bench import check, goals, page, pictures, report, results
 from bench.paired import OURS, row_of_sides
 
 ROOT = Path(__file__).parent.parent
+MARKS = f"{report.BEGIN}\nold\n{report.END}\n{report.DEMO_BEGIN}\nold\n{report.DEMO_END}"
 LIMITS = dict(device="cpu", threads=2, read_gbs=20, copy_gbs=18, gemm_fp32_gflops=300, gemm_bf16_gflops=30, fma_fp32_gflops=400)
 
 
@@ -31,7 +32,7 @@ def timed(name: str, ratio: float, spread: float = 0.01) -> dict[str, Any]:
 def test_what_is_committed_is_what_the_results_say() -> None:
     known = report.newest(results.RESULTS)
     readme = (ROOT / "README.md").read_text()
-    assert report.put(readme, report.table(known["cpu"])) == readme, "run `make report`"
+    assert report.rendered(readme, known["cpu"]) == readme, "run `make report`"
     assert page.page(known) == (ROOT / "docs" / "performance.md").read_text(), "run `make report`"
 
 
@@ -84,7 +85,7 @@ def test_units(value, unit, shown) -> None:
 def test_main_writes_all_of_it(tmp_path) -> None:
     write(tmp_path / "bench" / "results" / "a-machine", "model", [timed("test_prefill", 2.0), timed("test_decode[bf16]", 3.0)])
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(f"Before.\n{report.BEGIN}\nold\n{report.END}\nAfter.\n")
+    (tmp_path / "README.md").write_text(f"Before.\n{MARKS}\nAfter.\n")
     report.main(tmp_path)
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith("Before.\n") and readme.endswith("\nAfter.\n") and "old" not in readme and "3.0x" in readme
@@ -121,7 +122,7 @@ def test_points_make_curves(tmp_path) -> None:
     assert made["serving at over arrivals per s"].sides["s"]["by hand"] == [(0.5, 1.0), (2.0, 4.0)]
     (tmp_path / "docs" / "curves").mkdir(parents=True)
     (tmp_path / "docs" / "curves" / "old.png").write_bytes(b"")
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
+    (tmp_path / "README.md").write_text(MARKS)
     report.main(tmp_path)
     written = (tmp_path / "docs" / "performance.md").read_text()
     drawn = sorted(path.name for path in (tmp_path / "docs" / "curves").iterdir())
@@ -131,6 +132,33 @@ def test_points_make_curves(tmp_path) -> None:
     assert "| 2 arrivals per s: s | 1.0 s | 8.0 s | 4.0 s | 4.00 |" in written
     assert "| 0.5 arrivals per s: anon bytes | 2.00 GB |  |  |  |" in written
     assert "| 8 batch: s | 1.0 s | 3.0 s | 3.00 |" in written, "a point without a curve is in a table all the same"
+
+
+def test_where_the_time_goes_is_a_table_and_a_picture(tmp_path) -> None:
+    op = dict(name="linear", calls=3, seconds=0.6, moved=1e9, operations=1e9, limit=0.3, bound="operations")
+    small = dict(name="copy", calls=1, seconds=0.01, moved=1e6, operations=0.0, limit=0.0, bound="")
+    phase = {"name": "profile, prefill", "device": "cpu", "seconds": 1.0, "ops": [op, small]}
+    write(tmp_path / "bench" / "results" / "a-machine", "profile", [phase])
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(MARKS)
+    report.main(tmp_path)
+    written = (tmp_path / "docs" / "performance.md").read_text()
+    assert "| profile, prefill: 1,000 ms |" in written and "| linear | 3 | 600.0 | 60% | 50% | operations |" in written
+    assert "| copy |" not in written and "](profile.png)" in written
+    assert (tmp_path / "docs" / "profile.png").stat().st_size > 2000
+
+
+def test_the_demo_is_told_by_its_seeds(tmp_path) -> None:
+    keys = ("captions_random_projector", "captions_aligned", "accuracy_after_align", "accuracy_after_sft", "accuracy_after_interleave")
+    keys += ("preferred_before_dpo", "preferred_after_dpo", "hedged_before_dpo", "hedged_after_dpo")
+    keys += ("accuracy_multi-image", "accuracy_video", "accuracy_3D_views", "accuracy_one_picture")
+    seed = dict.fromkeys(keys, 1.0) | {"name": "demo_seed_0", "total_s": 300.0}
+    seed |= {"agree_with_transformers": 500, "compared_with_transformers": 500}
+    worse = seed | {"name": "demo_seed_1", "captions_aligned": 0.9, "agree_with_transformers": 499, "total_s": 320.0}
+    write(tmp_path, "demo", [seed, worse])
+    made = report.demo_table(report.newest(tmp_path)["cpu"]["demo"])
+    assert "mean of 2 seeds" in made and "| 95% (90%) |" in made and "| 999 of 1,000 |" in made and "| 310 |" in made
+    assert "not measured" in report.demo_table(None)
 
 
 def test_a_timed_row_names_its_strongest_rival(tmp_path) -> None:
