@@ -17,12 +17,18 @@ ALLOWED = 0.07
 
 
 def ratios(m: Mapping[str, Any]) -> Iterator[tuple[str, float, float, float]]:
-    """(quantity, low, ratio, high) of a measurement; one that was taken once has no spread."""
+    """(quantity, low, ratio, high) of a measurement; one that was taken once has no spread, one of a few rounds the least and greatest.
+
+    Where there are several baselines the strongest is part of the quantity: another one is no measure of what got slower.
+    """
+    against = f" against {m['baseline']}" if "baseline" in m else ""
     for key, value in m.items():
         if key == "ratio":
-            yield "ms", m["ratio_low"], value, m["ratio_high"]
+            yield f"ms{against}", m["ratio_low"], value, m["ratio_high"]
         elif key.startswith("ratio_") and key not in ("ratio_low", "ratio_high"):
-            yield key.removeprefix("ratio_"), value, value, value
+            quantity = key.removeprefix("ratio_")
+            each = m.get(f"ratios_{quantity}", [value])
+            yield f"{quantity}{against}", min(each), value, max(each)
 
 
 def by_name(folder: Path) -> dict[tuple[str, str, str], tuple[float, float, float]]:

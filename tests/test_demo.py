@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import llava_fast as lf
+from llava_fast.demo import run as demo_run
 from llava_fast.demo import stages
 from llava_fast.demo.measure import MAX_NEW_TOKENS, as_request, is_right, quarters, transformers_answers, untouched
 from llava_fast.demo.model import make_checkpoint, write_records
@@ -180,6 +181,23 @@ def test_what_fails_is_said(whole, capsys):
     said = capsys.readouterr().out
     assert "90% are needed" in said and said.count("done before") == len(STAGES)
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
+
+
+def test_stages_of_another_version_do_not_count(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def stop(number, folder, seed, scale):
+        ran.append(number)
+        if number == 2:
+            raise KeyboardInterrupt
+        return {"seconds": 1.0}
+
+    monkeypatch.setattr(demo_run, "run_stage", stop)
+    for scale in (SCALE, SCALE, 2 * SCALE):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, scale=scale)
+    assert ran == [0, 1, 2, 2, 0, 1, 2], "the same goes on, another begins"
+    assert "holds another version's stages" in capsys.readouterr().out
 
 
 def test_faults_are_found():

@@ -174,13 +174,17 @@ def test_ratios_that_fell(tmp_path, capsys) -> None:
         timed("c", 2.0, spread=0.3),
         timed("gone", 1.0),
         {"name": "once", "ours_s": 1, "ratio_s": 3.0},
+        {"name": "thrice", "ours_s": 1, "ratio_s": 3.0, "ratios_s": [2.6, 3.0, 3.1]},
+        {**timed("rivals", 4.0), "baseline": "torch"},
     ]
     write(tmp_path / "before", "model", before)
-    write(tmp_path / "now", "model", [timed("a", 1.9), timed("b", 1.8), timed("c", 1.8), {"name": "once", "ours_s": 1, "ratio_s": 2.0}])
+    now = [timed("a", 1.9), timed("b", 1.8), timed("c", 1.8), {"name": "once", "ours_s": 1, "ratio_s": 2.0}]
+    now.append({**timed("rivals", 2.0), "baseline": "torch.compile"})  # of a machine where it can be had
+    write(tmp_path / "now", "model", [*now, {"name": "thrice", "ours_s": 1, "ratio_s": 2.5, "ratios_s": [2.4, 2.5, 2.7]}])
     assert check.main(tmp_path / "now", tmp_path / "before") == 1
     said = capsys.readouterr().out
     assert "b, ms: 2.00x before, 1.80x now (-10%) on A machine" in said and "once, s: 3.00x before, 2.00x now (-33%)" in said
-    assert "4 ratios compared, 2 fell by more than 7%" in said
+    assert "5 ratios compared, 2 fell by more than 7%" in said
     assert check.main(tmp_path / "before", tmp_path / "before") == 0
     write(tmp_path / "other", "model", [timed("nobody", 1.0)])
     assert check.main(tmp_path / "other", tmp_path / "before") == 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,14 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
     console = Console()
     folder = out / f"seed-{seed}"
     known = folder / "stages.json"
-    figures: dict[str, dict[str, Any]] = json.loads(known.read_text()) if known.is_file() else {}
+    figures: dict[str, dict[str, Any]] = {}
+    if known.is_file():
+        kept = json.loads(known.read_text())
+        if kept.get("made by") == made_by(scale):
+            figures = kept["stages"]
+        else:  # other data, or other code of the demo's: its stages are not this one's
+            console.print(f"{folder} holds another version's stages: they are made anew", markup=False, highlight=False, soft_wrap=True)
+            shutil.rmtree(folder)
     held_out = questions(scaled(HELD_OUT, scale), seed, "held out")
     for number, stage in enumerate(STAGES):
         title = f"stage {number + 1} of {len(STAGES)}, {stage.name}: {stage.what}"
@@ -36,9 +45,10 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
             console.print(f"{title}: done before", markup=False, highlight=False, soft_wrap=True)
             continue
         console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        keep(known, figures, scale)
         figures[stage.name] = run_stage(number, folder, seed, scale)
-        known.with_suffix(".partial").write_text(json.dumps(figures, indent=1))
-        os.replace(known.with_suffix(".partial"), known)
+        keep(known, figures, scale)
 
     console.print(f"answering {len(held_out)} held-out questions", highlight=False)
     trained = folder / STAGES[-1].name
@@ -75,6 +85,17 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
     for fault in found:
         console.print(fault, style="red", markup=False)
     return 1 if found else 0
+
+
+def made_by(scale: float) -> str:
+    """What a stage's weights depend on besides the seed: the demo's sources and the scale."""
+    sources = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return f"{hashlib.sha256(sources).hexdigest()[:16]} at {scale:g}"
+
+
+def keep(file: Path, figures: dict[str, dict[str, Any]], scale: float) -> None:
+    file.with_suffix(".partial").write_text(json.dumps({"made by": made_by(scale), "stages": figures}, indent=1))
+    os.replace(file.with_suffix(".partial"), file)
 
 
 def faults(summary: dict[str, Any]) -> list[str]:
