@@ -14,7 +14,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.memory import peak_in_process
@@ -24,9 +24,19 @@ AT_A_TIME = 8
 WARM = {"count": 2, "most_views": 1, "new": 4}
 
 
-def serve(model: Any, asked: Sequence[Asked], times: Sequence[float] | None, clients: int) -> tuple[Served, dict[str, Any]]:
-    """With an engine of its own on a loaded model; also the engine's stats. times, clients: as in the baseline's."""
+def serve(
+    model: Any,
+    asked: Sequence[Asked],
+    times: Sequence[float] | None,
+    clients: int,
+    request_of: Callable[[Asked], Any] | None = None,
+    max_running: int = AT_A_TIME,
+) -> tuple[Served, list[str], dict[str, Any]]:
+    """With an engine of its own on a loaded model; also the texts and the engine's stats. times, clients: as in the baseline's."""
     import llava_fast as lf
+
+    request_of = request_of or (lambda one: lf.Request(one.prompt, images=one.pictures))
+    given = [request_of(one) for one in asked]
 
     free = threading.Semaphore(clients)
     ends: list[float] = []
@@ -35,7 +45,7 @@ def serve(model: Any, asked: Sequence[Asked], times: Sequence[float] | None, cli
         ends.append(time.perf_counter())
         free.release()
 
-    with lf.Engine(model, max_running=AT_A_TIME) as engine:
+    with lf.Engine(model, max_running=max_running) as engine:
         start, late, handles = time.perf_counter(), [], []
         for i, one in enumerate(asked):
             if times is None:
@@ -44,7 +54,7 @@ def serve(model: Any, asked: Sequence[Asked], times: Sequence[float] | None, cli
                 time.sleep(max(start + times[i] - time.perf_counter(), 0))
             late.append(0.0 if times is None else time.perf_counter() - start - times[i])
             params = lf.SamplingParams(max_new_tokens=one.new)
-            handles.append(engine.submit(lf.Request(one.prompt, images=one.pictures), params))
+            handles.append(engine.submit(given[i], params))
             handles[-1].future.add_done_callback(over)
         answers = [handle.result()[0] for handle in handles]
         stats = engine.stats()
@@ -53,7 +63,8 @@ def serve(model: Any, asked: Sequence[Asked], times: Sequence[float] | None, cli
         raise RuntimeError(f"{len(errors)} of {len(asked)} requests failed: {errors[0]}")
     first = [one.timings["first_token"] + lag for one, lag in zip(answers, late, strict=True)]
     ids = [one.token_ids for one in answers]
-    return Served(first, stats.inter_token, max(ends) - start, sum(map(len, ids)), ids), dataclasses.asdict(stats)
+    served = Served(first, stats.inter_token, max(ends) - start, sum(map(len, ids)), ids)
+    return served, [one.text for one in answers], dataclasses.asdict(stats)
 
 
 def main(side: str, checkpoint: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,13 +85,13 @@ def main(side: str, checkpoint: str, points: list[dict[str, Any]]) -> list[dict[
         clients = point.get("concurrency", len(asked))
         with peak_in_process() as peak:
             if side == "llava_fast":
-                served, stats = serve(model, asked, times, clients)
+                served, _, stats = serve(model, asked, times, clients)
             else:
                 stats = {}
                 served = static_batching.serve(
                     lambda batch: static_batching.answer(theirs, processor, batch), asked, times, clients, at_most
                 )
-        reports.append({"figures": {**figures(served), "anon_bytes": peak.anon}, "ids": served.ids, "stats": stats})
+        reports.append({"figures": {**figures(served), "anon_bytes": peak.anon}, "ids": served.answers, "stats": stats})
     return reports[1:]
 
 

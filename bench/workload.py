@@ -34,13 +34,13 @@ class Asked:
 @dataclass(frozen=True)
 class Served:
     """What a server did with some requests: seconds to each one's first token from its arrival, seconds between tokens (percentiles by
-    'p50' and 'p95'), seconds from the first arrival to the last token, and the ids of every answer (None: the server tells none)."""
+    'p50' and 'p95'), seconds from the first arrival to the last token, tokens in all, and every answer (its ids, or its text)."""
 
     first: list[float]
     between: dict[str, float]
     seconds: float
     tokens: int
-    ids: list[list[int]] | None
+    answers: Sequence[Any]
 
 
 def prompt(pictures: Sequence[Image.Image], text: str) -> str:
