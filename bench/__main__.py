@@ -28,7 +28,9 @@ ROOT = Path(__file__).parent.parent
 SUITES = {
     "first_token": 110,
     "model": 200,
-    "engine": 360,
+    "engine": 80,
+    "serving": 200,
+    "reuse": 95,
     "training": 380,
     "inputs": 40,
     "profile": 45,
@@ -39,7 +41,7 @@ SUITES = {
     "spatial_pool": 40,
     "sampling": 10,
 }
-NEEDS_FULL_SIZE = ("first_token", "model", "engine", "profile")
+NEEDS_FULL_SIZE = ("first_token", "model", "reuse", "profile")
 
 
 def arguments_of(suite: str, long: bool, checkpoint: Path | None, folder: Path | None) -> list[str]:

@@ -8,7 +8,6 @@ tokens makes a request differ from there on).
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,8 +33,12 @@ KINDS = [("m4_small", 2, 1), ("long_small", 2, 1), pytest.param("m4", 2, 1, mark
 
 
 @pytest.mark.parametrize("kind, layers, rounds", KINDS)
-def test_many_requests(kind: str, layers: int, rounds: int, tmp_path: Path, benchmark: Any, record_row: Any, limits: Any) -> None:
-    checkpoint = make_full_size(tmp_path / "model", tower_layers=layers, decoder_layers=layers)
+def test_many_requests(
+    kind: str, layers: int, rounds: int, tmp_path_factory: pytest.TempPathFactory, benchmark: Any, record_row: Any, limits: Any
+) -> None:
+    checkpoint = tmp_path_factory.getbasetemp() / f"model_{layers}_layers"
+    if not checkpoint.exists():
+        make_full_size(checkpoint, tower_layers=layers, decoder_layers=layers)
     sides = ("llava_fast", "transformers")
     commands = {side: ["-m", "bench.many_requests", side, kind, str(checkpoint)] for side in sides}
     runs = benchmark.pedantic(lambda: run_in_turns(commands, rounds, env={"PYTHONPATH": os.getcwd()}), rounds=1)

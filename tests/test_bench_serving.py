@@ -1,0 +1,336 @@
+"""The serving benchmarks' logic: the workload's shapes, arrivals, figures, the static batching loop, and the client of a server."""
+
+from __future__ import annotations
+
+import base64
+import http.server
+import io
+import json
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import make_checkpoint
+
+import llava_fast as lf
+from bench import many_requests, serving, workload
+from bench.baselines import reuse, servers, static_batching
+from bench.workload import Asked, Served
+
+# -- the workload
+
+
+@pytest.mark.parametrize(
+    "scenario, views", [("text", {0}), ("single-image", {1}), ("video", set(range(10, 17))), ("3d", set(range(4, 17)))]
+)
+def test_scenarios_have_the_shapes_of_the_mixture(scenario: str, views: set[int]) -> None:
+    found = workload.records(8, scenario)
+    asked = workload.requests(found, 16)
+    assert {len(one.pictures) for one in asked} <= views
+    for record, one in zip(found, asked, strict=True):
+        assert [picture.size for picture in one.pictures] == [tuple(size) for size in record["sizes"]]
+        question, answer = record["turns"][0]
+        assert len(one.text.split()) == question and one.new == max(2, min(answer, 16))
+        assert one.prompt == "<image>" * len(one.pictures) + one.text
+
+
+def test_no_two_pictures_are_the_same() -> None:
+    asked = workload.requests(workload.records(6, most_views=2), 16)
+    pictures = [picture.tobytes() for one in asked for picture in one.pictures]
+    assert len(set(pictures)) == len(pictures) and max(len(one.pictures) for one in asked) == 2
+
+
+def test_the_long_benchmarks_are_what_they_were() -> None:
+    asked = many_requests.questions("m4")
+    assert [len(one.pictures) for one in asked[:8]] == [1, 2, 3, 14, 2, 1, 1, 8] and {one.new for one in asked} == {64} and len(asked) == 32
+    assert [(len(one.pictures), one.new) for one in many_requests.questions("long")] == [(1, 256)] * 8
+
+
+def test_records_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match="scenario must be one of text, single-image.*got 'audio'"):
+        workload.records(1, "audio")
+    with pytest.raises(ValueError, match="has 64 such requests, 65 were asked for"):
+        workload.records(65, "3d")
+
+
+def test_arrivals_are_seeded_and_keep_their_rate() -> None:
+    times = workload.arrivals(4.0, 2000)
+    assert times == workload.arrivals(4.0, 2000) != workload.arrivals(4.0, 2000, seed=1)
+    assert times == sorted(times) and 0 <= times[0] and times[-1] <= 500
+    assert len(times) / times[-1] == pytest.approx(4.0, rel=0.01)
+    gaps = np.diff(times)
+    assert gaps.std() == pytest.approx(gaps.mean(), rel=0.1), "exponential, not even"
+    assert workload.arrivals(2.0, 2000) == pytest.approx([2 * at for at in times]), "another rate stretches the same times"
+
+
+@pytest.mark.parametrize("rate, count", [(0.0, 4), (-1.0, 4), (1.0, 0)])
+def test_arrivals_of_nothing_are_refused(rate: float, count: int) -> None:
+    with pytest.raises(ValueError, match=f"got rate={rate}, count={count}"):
+        workload.arrivals(rate, count)
+
+
+def test_figures_of_a_point() -> None:
+    served = Served([0.1 * i for i in range(1, 101)], {"p50": 0.02, "p95": 0.5}, 50.0, 800, [])
+    expected = {"first_token_p50_s": 5.1, "first_token_p95_s": 9.6, "inter_token_p50_ms": 20, "inter_token_p95_ms": 500}
+    assert workload.figures(served) == pytest.approx({**expected, "requests_per_s": 2, "tokens_per_s": 16})
+
+
+# -- static batches
+
+
+def test_a_batch_is_the_run_by_length_that_pads_least_with_the_oldest_in_it() -> None:
+    lengths = [10, 90, 11, 12, 95, 13]
+    assert static_batching.choose([0, 1, 2, 3, 4, 5], lengths, 3) == [0, 2, 3]
+    assert static_batching.choose([3, 0, 2, 5], lengths, 3) == [0, 2, 3], "12 is neither the shortest nor the longest"
+    assert static_batching.choose([1, 0, 2, 3, 4, 5], lengths, 2) == [5, 1], "the oldest never waits for shorter ones"
+    assert sorted(static_batching.choose([4, 0], lengths, 8)) == [0, 4]
+
+
+class Time:
+    """In place of the module: a clock that moves where somebody sleeps, or computes for a tenth of a second a token."""
+
+    def __init__(self) -> None:
+        self.now, self.sizes = 100.0, list[int]()
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def run(self, batch: list[Asked]) -> tuple[list[list[int]], list[float]]:
+        self.sizes.append(len(batch))
+        times = [self.now + 0.1 * (i + 1) for i in range(max(one.new for one in batch))]
+        self.now = times[-1]
+        return [[0] * one.new for one in batch], times
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
+    monkeypatch.setattr(static_batching, "time", made := Time())
+    return made
+
+
+def test_static_batches_of_clients_who_ask_again(clock: Time) -> None:
+    """The third is asked when the first is answered, and waits for the end of the second's batch; nobody waits for the longest's tokens."""
+    asked = [Asked([], "a", new) for new in (2, 4, 2, 2, 2)]
+    served = static_batching.serve(clock.run, asked, None, clients=2, at_most=8)
+    assert clock.sizes == [2, 2, 1] and list(map(len, served.answers)) == [2, 4, 2, 2, 2] and served.tokens == 12
+    assert served.first == pytest.approx([0.1, 0.1, 0.3, 0.1, 0.1]) and served.seconds == pytest.approx(0.8)
+    assert served.between["p50"] == pytest.approx(0.1)
+
+
+def test_static_batches_of_arrivals(clock: Time) -> None:
+    served = static_batching.serve(clock.run, [Asked([], "a", 2)] * 4, [0.0, 0.0, 0.0, 0.7], clients=0, at_most=2)
+    assert clock.sizes == [2, 1, 1]
+    assert served.first == pytest.approx([0.1, 0.1, 0.3, 0.1]) and served.seconds == pytest.approx(0.9)
+
+
+# -- the same answers on all sides
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    path = make_checkpoint(tmp_path_factory.mktemp("serving") / "model")
+    ours = lf.load(path, device="cpu")
+    ours.generation_config.eos_token_id = []
+    return ours, *static_batching.load(path)
+
+
+@pytest.mark.parametrize("times, clients", [(None, 2), ([0.0, 0.0, 0.01, 0.02], 0)])
+def test_both_loops_give_the_same_answers(times: list[float] | None, clients: int, models: Any) -> None:
+    ours, theirs, processor = models
+    asked = [Asked([workload.photograph(i, (50, 40))] * (i % 3), f"{i} cats", 3 + i) for i in range(4)]
+    one, texts, stats = serving.serve(ours, asked, times, clients)
+    other = static_batching.serve(lambda batch: static_batching.answer(theirs, processor, batch), asked, times, clients, 2)
+    assert one.answers == other.answers and list(map(len, one.answers)) == [3, 4, 5, 6] and len(texts) == 4
+    assert one.tokens == other.tokens == 18 and all(s > 0 for s in one.first + other.first) and stats["finished"] == 4
+    assert 0 < max(one.first) <= one.seconds
+
+
+@torch.inference_mode()
+def test_what_is_kept_by_hand_gives_what_the_whole_prompt_gives(models: Any) -> None:
+    _, model, processor = models
+    pictures, texts = [workload.photograph(i, (50, 40)) for i in range(2)], ["1 cat", "2 cat"]
+    whole = [static_batching.answer(model, processor, [Asked(pictures, text, 4)])[0][0] for text in texts]
+    begun = processor(images=pictures, text="<image><image>", return_tensors="pt")
+    rows = reuse.features(model, begun["pixel_values"])
+    ids = processor.tokenizer(texts, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    for text, own, answer in zip(texts, ids, whole, strict=True):
+        embeds = reuse.embeddings(model, torch.cat([begun["input_ids"], own[None]], 1), rows)
+        assert int(model(inputs_embeds=embeds).logits[0, -1].argmax()) == answer[0], text
+    kept = reuse.prefill(model, begun["input_ids"], rows)
+    length = kept.get_seq_length()
+    for _ in range(2):
+        assert reuse.questions(model, processor.tokenizer, kept, texts[:1], 4) == whole[:1] and kept.get_seq_length() == length
+    kept.batch_repeat_interleave(2)
+    assert reuse.questions(model, processor.tokenizer, kept, texts, 4) == whole
+
+
+# -- a server's client
+
+
+class OpenAI(http.server.BaseHTTPRequestHandler):
+    """Answers with as many words as tokens were asked for, a chunk each; `fault` of the server says what goes wrong."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({"data": [{"id": "a model"}]}).encode())
+
+    def do_POST(self) -> None:
+        server: Any = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server.bodies.append(body)
+        if server.fault == "refusal":
+            self.send_error(400, "too many pictures")
+            return
+        self.send_response(200)
+        self.end_headers()
+        words = body["max_tokens"] - (server.fault == "end token")
+        for i in range(words):
+            if server.fault == "error" and i == 2:
+                self.tell({"error": {"message": "out of memory"}})
+                return
+            if server.fault == "break" and i == 2:
+                return
+            if server.fault == "nonsense" and i == 2:
+                self.wfile.write(b"data: {not json\n\n")
+                return
+            self.tell({"choices": [{"delta": {"content": f"w{i} "}}]})
+        self.tell({"choices": [], "usage": {"completion_tokens": words}})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def tell(self, chunk: dict[str, Any]) -> None:
+        self.wfile.write(b"data: " + json.dumps(chunk).encode() + b"\n\n")
+        self.wfile.flush()
+
+
+@pytest.fixture
+def server() -> Iterator[Any]:
+    running: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), OpenAI)
+    running.bodies, running.fault = [], None
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    running.url = f"http://127.0.0.1:{running.server_port}"
+    yield running
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+ASKED = [Asked([workload.photograph(0, (32, 24))], "What is it?", 3), Asked([], "And so?", 4)]
+
+
+@pytest.mark.parametrize("times, clients", [(None, 1), ([0.0, 0.05], 0)])
+def test_a_server_is_served_the_workload(server: Any, times: list[float] | None, clients: int) -> None:
+    served = servers.serve(servers.Server(server.url + "/v1"), ASKED, times, clients)
+    assert served.answers == ["w0 w1 w2 ", "w0 w1 w2 w3 "] and served.tokens == 7
+    assert len(served.first) == 2 and all(0 < first <= served.seconds for first in served.first) and served.between["p50"] > 0
+    body = next(body for body in server.bodies if body["max_tokens"] == 3)
+    assert body["model"] == "a model" and body["stream"] and body["ignore_eos"] and body["temperature"] == 0
+    picture, text = body["messages"][0]["content"]
+    sent = Image.open(io.BytesIO(base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))))
+    assert sent.tobytes() == ASKED[0].pictures[0].tobytes() and text == {"type": "text", "text": "What is it?"}
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("refusal", "refused chat/completions: 400 too many pictures"),
+        ("error", "ended a stream: .*out of memory"),
+        ("break", "broke a stream off after 2 chunks: it has no end"),
+        ("nonsense", "broke a stream off after 2 chunks: JSONDecodeError"),
+        ("end token", "made 2 tokens of 3: it has to know ignore_eos"),
+    ],
+)
+def test_what_a_server_does_wrong_is_told(server: Any, fault: str, message: str) -> None:
+    server.fault = fault
+    with pytest.raises(RuntimeError, match=message):
+        servers.serve(servers.Server(server.url), ASKED[:1], [0.0], 0)
+
+
+def test_a_server_that_is_not_there_is_told() -> None:
+    with pytest.raises(RuntimeError, match="no answer from http://127.0.0.1:1: ConnectionRefusedError"):
+        servers.Server("http://127.0.0.1:1")
+    with pytest.raises(ValueError, match=r"http\(s\)://host\[:port\], got 'localhost:8000'"):
+        servers.Server("localhost:8000")
+
+
+def test_one_failure_ends_the_others(server: Any) -> None:
+    """Nobody waits for arrivals that are minutes off."""
+    server.fault = "refusal"
+    begun = time.perf_counter()
+    with pytest.raises(RuntimeError, match="refused"):
+        servers.serve(servers.Server(server.url), ASKED, [0.0, 300.0], 0)
+    assert time.perf_counter() - begun < 60
+
+
+def test_vllm_where_it_is_not_installed() -> None:
+    with pytest.raises(RuntimeError, match="vllm is not installed here"):
+        servers.with_vllm("nowhere", ASKED)
+
+
+def test_vllm_offline_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+    import types
+
+    made: dict[str, Any] = {}
+
+    class LLM:
+        def __init__(self, **options: Any):
+            made["options"] = options
+
+        def chat(self, given: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+            made["given"], made["params"] = given, params
+            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=f"{len(one[0]['content'])}")]) for one in given]
+
+    module = types.ModuleType("vllm")
+    module.LLM, module.SamplingParams = LLM, lambda **fields: fields  # type: ignore[attr-defined]
+    module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    rates, answers = servers.with_vllm("a checkpoint", ASKED)
+    assert answers == ["2", "1"] and rates["tokens_per_s"] == pytest.approx(3.5 * rates["requests_per_s"])
+    assert made["options"] == {"model": "a checkpoint", "limit_mm_per_prompt": {"image": 1}}
+    assert made["params"][1] == {"temperature": 0, "max_tokens": 4, "min_tokens": 4, "ignore_eos": True}
+
+
+def test_files_of_sides_become_rows(server: Any, tmp_path: Path, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "load", lambda checkpoint: models[0])
+    shape = ["--count", "2", "--most-views", "1", "--new", "3", "--rates", "50", "--clients", "2"]
+    servers.main(["server", str(tmp_path / "theirs.json"), "--url", server.url, "--name", "vllm", *shape])
+    servers.main(["engine", str(tmp_path / "ours.json"), "--checkpoint", "tiny", *shape])
+    files = [tmp_path / "ours.json", tmp_path / "theirs.json"]
+    made = servers.rows(files)
+    assert [(row["name"], row["axis"], row["at"]) for row in made] == [
+        ("servers_arrivals_per_s_50", "arrivals_per_s", 50.0),
+        ("servers_concurrency_2", "concurrency", 2),
+    ]
+    for row in made:
+        assert row["baseline"] == "vllm" and row["equal_answers"] == {"vllm": 0} and row["requests"] == 2
+        assert row["ratio_requests_per_s"] == pytest.approx(row["ours_requests_per_s"] / row["baseline_requests_per_s"])
+        assert set(row["sides"]["vllm"]) == set(row["sides"]["llava_fast"]) >= {"first_token_p50_s", "inter_token_p95_ms", "tokens_per_s"}
+    with pytest.raises(ValueError, match="expected a file of llava_fast and those of others, got vllm"):
+        servers.rows(files[1:])
+    other = json.loads(files[1].read_text()) | {"settings": {"count": 3}}
+    files[1].write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="the files are of different requests"):
+        servers.rows(files)
+
+
+def test_the_engine_s_latencies_are_the_requests_own(models: Any) -> None:
+    """Nearest rank, as the other side's."""
+    asked = [Asked([], "What is it?", 6)] * 3
+    served, _, stats = serving.serve(models[0], asked, None, 1)
+    assert workload.figures(served)["first_token_p50_s"] == pytest.approx(statistics.median(served.first))
+    assert served.between == stats["inter_token"] and served.tokens == stats["steps"] == 18
