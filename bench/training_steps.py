@@ -1,17 +1,18 @@
 """One process of the training benchmark: `python -m bench.training_steps SIDE CHECKPOINT ROW STEPS`.
 
-SIDE: llava_fast, padded or padding_free (bench/baselines/training.py). ROW: a name of ROWS, or a number of tokens, filled with samples of
-bench/workloads/m4_mix.jsonl. The tower is frozen, everything else trained, AdamW fused, fp32; the same samples, weights and steps on every
-side. Prints JSON: loss of each step, seconds of the fastest and of the median one, operations.
+SIDE: llava_fast, or one of bench.baselines.training.SIDES. ROW: a name of ROWS, `batch2` (two samples of the workload, see `batch_of`), or
+a number of tokens, filled with samples of bench/workloads/m4_mix.jsonl. The tower is frozen, everything else trained, AdamW fused, fp32;
+the same samples, weights and steps on every side. Before the steps that are timed comes one on the row's first two samples: it makes the
+optimiser's state and compiles what is compiled. Prints JSON: loss of each step, seconds of that first and of the fastest step, operations.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +24,56 @@ from llava_fast.batch import IGNORE
 from llava_fast.memory import kept_memory
 
 PATCHES, SIZE = 729, 384
-# (views, tokens of text, labels) of each sample. The first two are the rows of the issue of padding: 2,407 tokens in 3, 5,523 in 4.
-ROWS = {
+WORKLOAD = Path(__file__).parent / "workloads" / "m4_mix.jsonl"
+Shape = tuple[int, int, int]  # views, tokens of text, labels of a sample
+# The last two are the rows of the issue of padding: 2,407 tokens in 3 samples, 5,523 in 4.
+ROWS: dict[str, list[Shape]] = {
+    "1000": [(1, 60, 24), (0, 211, 80)],
     "2407": [(1, 40, 16), (0, 120, 48), (2, 60, 24)],
     "5523": [(1, 40, 16), (0, 120, 48), (2, 60, 24), (4, 200, 80)],
 }
 CONFIG: dict[str, Any] = {"lr": 1e-5, "lr_vision_tower": "frozen", "clip": 1.0}
+LARGEST = 12_000  # padded positions of `batch_of`'s batch: what 24 GB train
 
 
-def shapes(row: str) -> list[tuple[int, int, int]]:
-    """The samples of a row; past ROWS, those of the workload in order, as many as fit, the last cut to what is left."""
+def workload() -> list[Shape]:
+    records = [json.loads(line) for line in WORKLOAD.read_text().splitlines()]
+    return [(r["views"], sum(map(sum, r["turns"])), sum(answer for _, answer in r["turns"])) for r in records]
+
+
+def length(shape: Shape) -> int:
+    return shape[0] * PATCHES + shape[1]
+
+
+def padding_waste(lengths: Sequence[int], size: int, grouped: bool = False) -> float:
+    """Share of padded positions in batches of `size` in order; grouped: sorted within each 50 batches, as Trainer's group_by_length."""
+    order = list(lengths)
+    if grouped:
+        order = [n for i in range(0, len(order), 50 * size) for n in sorted(order[i : i + 50 * size], reverse=True)]
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return 1 - sum(order) / sum(max(batch) * len(batch) for batch in batches)
+
+
+def batch_of(size: int) -> list[Shape]:
+    """Of the workload's batches in order the first that pads as much as they do on average, and fits LARGEST positions."""
+    known = workload()
+    average = padding_waste([length(shape) for shape in known], size)
+    for i in range(0, len(known), size):
+        batch = known[i : i + size]
+        lengths = [length(shape) for shape in batch]
+        if padding_waste(lengths, size) >= average and size * max(lengths) <= LARGEST:
+            return batch
+    raise ValueError(f"no batch of {size} pads {average:.0%} within {LARGEST} positions")
+
+
+def shapes(row: str) -> list[Shape]:
+    """The samples of a row; of a number past ROWS those of the workload in order, as many as fit, the last cut to what is left."""
     if row in ROWS:
         return ROWS[row]
+    if row.startswith("batch"):
+        return batch_of(int(row.removeprefix("batch")))
     left, made = int(row), []
-    for line in (Path(__file__).parent / "workloads" / "m4_mix.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        answers = sum(answer for _, answer in record["turns"])
-        views, text = record["views"], sum(question for question, _ in record["turns"]) + answers
+    for views, text, answers in workload():
         if views * PATCHES + text > left:
             views = min(views, (left - text) // PATCHES)
         if views >= 0 and text + views * PATCHES <= left:
@@ -51,11 +85,11 @@ def shapes(row: str) -> list[tuple[int, int, int]]:
     return [*made[:-1], (views, text + left, answers)]
 
 
-def samples(row: str, image_token: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+def samples(wanted: list[Shape], image_token: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
     """ids and labels of each sample (pictures first, the last tokens supervised), and normalised views."""
     rng = np.random.default_rng(0)
     made, views = [], 0
-    for pictures, text, answers in shapes(row):
+    for pictures, text, answers in wanted:
         ids = np.concatenate([np.full(pictures * PATCHES, image_token), rng.integers(1000, 100_000, text)])
         labels = np.where(np.arange(len(ids)) >= len(ids) - answers, ids, IGNORE)
         made.append((torch.from_numpy(ids), torch.from_numpy(labels)))
@@ -78,52 +112,54 @@ def with_llava_fast(checkpoint: str, row: str, steps: int) -> dict[str, Any]:
     config = TrainConfig("m", "a.json", "out", **CONFIG)
     trained = prepare_parameters(model, config, "fp32")
     optimizer = make_optimizer(trained.masters, config)
-    made, pixels = samples(row, model.config.image_token_id)
-    batch = pack_marked(model, [Sample(ids.numpy(), labels=labels.numpy()) for ids, labels in made], pixels, "labels")
-    packed = Row(batch, tuple(range(len(made))), tuple(range(len(made) + 1)))
 
-    def step() -> float:
-        return float(train_step(model, trained, optimizer, [packed], 1.0, config.clip, "cpu", LabelLoss())[0])
+    def row_of(wanted: list[Shape]) -> Row:
+        made, pixels = samples(wanted, model.config.image_token_id)
+        batch = pack_marked(model, [Sample(ids.numpy(), labels=labels.numpy()) for ids, labels in made], pixels, "labels")
+        return Row(batch, tuple(range(len(made))), tuple(range(len(made) + 1)))
 
-    parts = ("projector", "decoder")
-    return timed(step, steps) | {"operations": row_flops(model.config, batch, trained=parts), "tokens": batch.num_tokens}
+    first, packed = row_of(shapes(row)[:2]), row_of(shapes(row))
+
+    def step(row: Row) -> float:
+        return float(train_step(model, trained, optimizer, [row], 1.0, config.clip, "cpu", LabelLoss())[0])
+
+    operations = row_flops(model.config, packed.batch, trained=("projector", "decoder"))
+    return timed(lambda: step(first), lambda: step(packed), steps) | {"operations": operations}
 
 
 def with_transformers(side: str, checkpoint: str, row: str, steps: int) -> dict[str, Any]:
     from transformers import LlavaForConditionalGeneration
 
-    from bench.baselines import training
+    from bench.baselines.training import SIDES
 
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).train()
     model.model.vision_tower.requires_grad_(False)
-    make, loss_of = {
-        "padded": (training.padded_batch, training.padded_loss),
-        "padding_free": (training.padding_free_batch, training.padding_free_loss),
-    }[side]
-    batch = make(*samples(row, model.config.image_token_id))
+    SIDES[side].prepare(model)
+    first, whole = (SIDES[side].batch(*samples(wanted, model.config.image_token_id)) for wanted in (shapes(row)[:2], shapes(row)))
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=CONFIG["lr"], weight_decay=0.0, fused=True)
 
-    def step() -> float:
-        loss = loss_of(model, batch)
+    def step(batch: dict[str, Any]) -> float:
+        loss = SIDES[side].loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, CONFIG["clip"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    return timed(step, steps)
+    return timed(lambda: step(first), lambda: step(whole), steps)
 
 
-def timed(step: Any, steps: int) -> dict[str, Any]:
-    """The first step is not timed: it makes the optimiser's state."""
+def timed(warm_up: Callable[[], float], step: Callable[[], float], steps: int) -> dict[str, Any]:
     with kept_memory():  # as fit has it, for every side
-        losses, times = [step()], []
+        start = time.perf_counter()
+        losses, times = [warm_up()], []
+        first = time.perf_counter() - start
         for _ in itertools.repeat(None, steps):
             start = time.perf_counter()
             losses.append(step())
             times.append(time.perf_counter() - start)
-    return {"losses": losses, "step_s": statistics.median(times), "best_s": min(times)}
+    return {"losses": losses, "step_s": min(times), "warm_up_s": first}
 
 
 if __name__ == "__main__":
