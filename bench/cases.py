@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from llava_fast.kernels.activation import swiglu
 from llava_fast.kernels.linear import linear, quantise
@@ -119,6 +120,16 @@ def _attention(name: str, count: int, length: int, H: int, G: int, d: int, causa
         bias = ops.fmha.attn_bias.BlockDiagonalMask.from_seqlens([longest(q, cu)] * (cu.shape[0] - 1))
         return ops.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias.make_causal() if causal else bias)[0]
 
+    def flex(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        n = longest(q, cu)
+        if not made:
+            sees = lambda batch, head, row, key: row >= key  # noqa: E731
+            made.append(create_block_mask(sees, None, None, n, n, device=str(q.device)) if causal else None)
+        q, k, v = (x.unflatten(0, (cu.shape[0] - 1, -1)).transpose(1, 2) for x in (q, k, v))
+        return compiled_flex(query=q, key=k, value=v, block_mask=made[0], enable_gqa=H != G).transpose(1, 2).flatten(0, 1)
+
+    made: list[Any] = []
+    compiled_flex = compiled(flex_attention)
     return Case(
         "varlen_attention",
         f"attention {name}",
@@ -126,7 +137,14 @@ def _attention(name: str, count: int, length: int, H: int, G: int, d: int, causa
         lambda q, k, v, cu: varlen_attention(q, k, v, cu, cu, causal=causal),
         ("q", "k", "v"),
         work=work,
-        baselines={"sdpa": sdpa, "sdpa cudnn": cudnn, "varlen_attn": torch_varlen, "flash_attn": flash_attn, "xformers": xformers},
+        baselines={
+            "sdpa": sdpa,
+            "sdpa cudnn": cudnn,
+            "varlen_attn": torch_varlen,
+            "flash_attn": flash_attn,
+            "xformers": xformers,
+            "flex_attention": flex,
+        },
     )
 
 

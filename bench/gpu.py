@@ -4,8 +4,9 @@ Stages, the most valuable first, each in a process of its own with a time limit,
 
     build        pip install -e . without isolation and without dependencies; without it the kernels run from the checkout
     correctness  bench/correctness.py over bench/cases.py: the Triton kernels in bf16, fp16 and fp32 against fp64
-    kernels      bench/cases.py timed, forward and backward, against torch, torch.compile, SDPA, flash-attn, xformers, Liger
+    kernels      bench/cases.py timed, forward and backward, against torch, torch.compile, SDPA, FlexAttention, flash-attn, xformers, Liger
     model        the 0.5b architecture with random weights: tower, prefill, decode
+    training     a step of it on one row of 16,000 tokens, against a padding-free loop by hand
 
 After each measurement the stage's file under $OUT (else bench/results/<device>/) is written anew: what the clock cuts off is lost, what
 was measured is not. Times are medians, of CUDA graphs of calls that rotate through copies of their inputs, so that nothing is found in
@@ -33,7 +34,7 @@ from bench.cases import CASES, Case, work_of_backward
 from llava_fast import limits
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"build": 150, "correctness": 130, "kernels": 160, "model": 80}  # seconds; with starting up, under nine minutes
+STAGES = {"build": 150, "correctness": 120, "kernels": 145, "model": 65, "training": 45}  # seconds; with starting up, under nine minutes
 COLD = 256 << 20  # bytes to rotate through: five times the L2 of an H200
 
 Row = dict[str, Any]
@@ -123,7 +124,9 @@ def measure(case: Case, machine: limits.Limits, dry: bool, backward: bool) -> Ro
     contenders: dict[str, Callable[..., Any]] = {}
     for name in registry._ops[case.op]:
         contenders[f"ours {name}"] = case.run
-    contenders |= {name: run for name, run in case.baselines.items() if not (dry and name == "torch.compile")}  # half a minute each
+    contenders |= {
+        name: run for name, run in case.baselines.items() if not (dry and name in ("torch.compile", "flex_attention"))
+    }  # half a minute each
     times: dict[str, float] = {}
     for name, function in contenders.items():
         try:
@@ -206,6 +209,13 @@ def model(machine: limits.Limits, dry: bool) -> Iterator[Row]:
                     yield {**row, "name": f"{row['name']}, {name} ops"}
         except Exception as error:  # any: the other set of ops may run
             yield {"name": f"model, {name} ops", "ok": False, "told": f"{type(error).__name__}: {error}"[:500]}
+
+
+def training(machine: limits.Limits, dry: bool) -> Iterator[Row]:
+    from bench.gpu_training import measure_training
+
+    for row in measure_training(machine.device, dry):
+        yield row | ({"of_limit": row["gflops"] / machine.gemm_bf16_gflops} if "gflops" in row else {})
 
 
 def run_stage(name: str, device: str, out: Path | None, dry: bool, machine: limits.Limits) -> None:

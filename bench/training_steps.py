@@ -85,12 +85,12 @@ def shapes(row: str) -> list[Shape]:
     return [*made[:-1], (views, text + left, answers)]
 
 
-def samples(wanted: list[Shape], image_token: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+def samples(wanted: list[Shape], image_token: int, vocabulary: int = 100_000) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
     """ids and labels of each sample (pictures first, the last tokens supervised), and normalised views."""
     rng = np.random.default_rng(0)
     made, views = [], 0
     for pictures, text, answers in wanted:
-        ids = np.concatenate([np.full(pictures * PATCHES, image_token), rng.integers(1000, 100_000, text)])
+        ids = np.concatenate([np.full(pictures * PATCHES, image_token), rng.integers(1000, vocabulary, text)])
         labels = np.where(np.arange(len(ids)) >= len(ids) - answers, ids, IGNORE)
         made.append((torch.from_numpy(ids), torch.from_numpy(labels)))
         views += pictures

@@ -18,6 +18,7 @@ import llava_fast as lf
 from llava_fast.batch import IGNORE
 from llava_fast.kernels.patchify import normalise
 from llava_fast.training import dpo as dpo_module
+from llava_fast.training import steps as steps_module
 from llava_fast.training.batches import Position, Row, make_steps
 from llava_fast.training.config import as_config
 from llava_fast.training.dpo import PreferenceLoss, pair_labels, pair_logps, reference_logps
@@ -167,12 +168,14 @@ def test_steps_equal_dense_passes_of_two_models(directory, folder, tmp_path, opt
 
 
 @pytest.mark.parametrize("kind", ["qwen", "llama"])
-def test_adapters_need_no_second_model(directory, folder, tmp_path):
+def test_adapters_need_no_second_model(directory, folder, tmp_path, monkeypatch):
     """Under LoRA the reference is the model without its adapters: the losses of precomputed ones, at one pass of the tower a row."""
     data = write(folder, PAIRS)
     frozen = {"lr_vision_tower": "frozen", "lr_projector": "frozen", "lora": {"r": 4, "dropout": 0.0}, "lr": 1e-2}
     template = "v1" if directory.parent.name.startswith("llama") else "hf"
     config = as_config(fields(directory, data, tmp_path / "run", max_steps=8, **frozen, template=template))
+    counted = []
+    monkeypatch.setattr(steps_module, "row_flops", lambda *row, reference, **more: counted.append(reference) or 1.0)
     result = lf.train(config)
     assert not (tmp_path / "run" / "reference.pt").exists()
     model = lf.load(directory, dtype=torch.float32)
@@ -182,6 +185,8 @@ def test_adapters_need_no_second_model(directory, folder, tmp_path):
     again = dataclasses.replace(config, output_dir=str(tmp_path / "again"))
     again = fit(model, indexed, again, objective=PreferenceLoss(config.dpo, known))
     assert result.losses == pytest.approx(again.losses, rel=1e-5)
+    halves = counted[: len(counted) // 2], counted[len(counted) // 2 :]
+    assert [set(half) for half in halves] == [{True}, {False}], "MFU counts the pass of the reference, where there is one"
     assert result.losses[0] == pytest.approx(math.log(2), rel=1e-6) and result.losses[-1] < 0.6
 
 

@@ -36,16 +36,18 @@ def test_a_case_calls_its_op(case: Case) -> None:
 
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
-    done = run("-m", "bench.gpu", "--dry-run", "--out", str(tmp_path), "--stages", "build,kernels,model")
+    done = run("-m", "bench.gpu", "--dry-run", "--out", str(tmp_path), "--stages", "build,kernels,model,training")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     written = {path.stem.rpartition("gpu_")[2]: results.load(path) for path in tmp_path.rglob("*.json")}
-    assert set(written) == {"build", "kernels", "model"}
+    assert set(written) == {"build", "kernels", "model", "training"}
     rows = {row["name"]: row for row in written["kernels"]["measurements"]}
     timed = [case for case in CASES if case.times]
     assert len(rows) == sum(1 + bool(case.grads) for case in timed)
     assert all("ours reference_ms" in row for row in rows.values()), [row for row in rows.values() if "ours reference_ms" not in row]
     assert {"sdpa_ms", "flash_attn_absent"} <= set(rows["attention d72 full 64x729"])
     assert any(row["name"].startswith("decode") and row["tokens_per_s"] > 0 for row in written["model"]["measurements"])
+    ours, sdpa, flash = written["training"]["measurements"]
+    assert ours["gflops"] > 0 and ours["loss"] == pytest.approx(sdpa["loss"], rel=1e-4) and "FlashAttention" in flash["absent"]
 
 
 @pytest.mark.slow

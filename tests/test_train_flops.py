@@ -151,3 +151,14 @@ def test_the_05b_model_by_hand():
     last = row_flops(config, [1] * 1000, labels=0)
     assert last == 6.0 * 1000 * (23 * layer + 2 * 1024 * 1024) + 12 * 1024 * 23 * 1000
     assert view_layout(27).tokens == config.patches == 729
+
+
+def test_a_reference_is_a_forward_pass_more(model):
+    """Of DPO under LoRA: the tower's features are shared where it does not learn."""
+    row = batch([sample(30, 0, 1), sample(8, 8, seed=1), sample(5, 5, seed=2)], prefix_of=[None, 0, 0])
+    work = work_of(row, model.config.patches)
+    no_tower = flops(model.config, dataclasses.replace(work, views=0), trained=())
+    for adapted, more in ((("decoder",), no_tower), (PARTS, flops(model.config, work, trained=()))):
+        step = row_flops(model.config, row, trained=(), adapted=adapted)
+        assert row_flops(model.config, row, trained=(), adapted=adapted, reference=True) == step + more
+    assert 0 < no_tower < flops(model.config, work, trained=())

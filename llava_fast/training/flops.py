@@ -10,7 +10,7 @@ Shape letters: T rows, R needed rows, L labels, N views, P patches, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -81,17 +81,24 @@ def row_flops(
     prefixes: Sequence[int] | np.ndarray | None = None,
     trained: Collection[str] = PARTS,
     adapted: Collection[str] = (),
+    reference: bool = False,
 ) -> float:
     """Operations of a training step on one row: a packed one, or the lengths of its sequences and its views (see `work_of_sizes`).
 
     trained: parts whose weights have gradients.  adapted: parts with adapters: gradients flow through their weights, which have none.
+    reference: whether the step runs the row once more without gradients, as preferences do whose reference is the model without its
+    adapters; of a tower that does not learn both have the same features.
     Raises ValueError for a part that is none.
     """
     for part in (*trained, *adapted):
         if part not in PARTS:
             raise ValueError(f"parts are {', '.join(PARTS)}, got {part!r}")
     work = work_of(row, config.patches) if isinstance(row, PackedBatch) else work_of_sizes(config.patches, row, views, labels, prefixes)
-    return flops(config, work, trained, adapted)
+    step = flops(config, work, trained, adapted)
+    if not reference:
+        return step
+    again = work if "vision_tower" in (*trained, *adapted) else replace(work, views=0)
+    return step + flops(config, again, trained=())
 
 
 def flops(config: LlavaConfig, work: Work, trained: Collection[str] = PARTS, adapted: Collection[str] = ()) -> float:

@@ -237,6 +237,7 @@ def fit(
             judge = PreferenceLoss(objective.options)
             judge.prepare(model, held_out, config, device, name="reference-validation.pt", **given)
             validation = dataclasses.replace(validation, objective=around(judge))
+    reference = isinstance(objective, PreferenceLoss) and objective.reference is None
     objective = around(objective)
     run = Run(trained, make_optimizer(trained.masters, config), settings)
     found = ranks.gather(list_states(folder))[0]  # a shared disk may show the others less
@@ -254,7 +255,7 @@ def fit(
             f"{len(data.tokens):,} samples, {len(first_epoch.rows):,} rows an epoch ({fill:.1%} full), {total:,} steps, "
             f"{count(trained.working.values()):,} parameters trained in {precision}" + (f", from step {run.step}" if run.step else "")
         )
-        loop = Loop(model, data, run, total, config, device, ranks, share, report, stop, on_step, Watched(objective), validation)
+        loop = Loop(model, data, run, total, config, device, ranks, share, report, stop, on_step, Watched(objective), validation, reference)
         steps = contextlib.closing(ahead(make_steps(data, config, run.position, on_bad, share)))
         with kept_memory() if device.type == "cpu" else contextlib.nullcontext(), steps as made:
             loop.go(made)

@@ -98,6 +98,7 @@ class Loop:
     on_step: Callable[[StepMetrics], None] | None
     objective: Watched
     validation: Validation | None
+    reference: bool = False  # whether a step runs the reference of its preferences too
     validated: dict[str, float] = field(default_factory=dict)
     agreed: int = 0
     pending: list[tuple[dict[str, Any], torch.Tensor, torch.Tensor, dict[str, torch.Tensor], list]] = field(default_factory=list)
@@ -153,7 +154,7 @@ class Loop:
         trained, adapted = ({part_of(name) for name in names if is_adapter(name) == whether} for whether in (False, True))
         own["flops"] = 0.0
         if isinstance(shape, LlavaConfig):
-            own["flops"] = sum(row_flops(shape, row.batch, trained=trained, adapted=adapted) for row in real)
+            own["flops"] = sum(row_flops(shape, row.batch, trained=trained, adapted=adapted, reference=self.reference) for row in real)
         sums = dict(zip(own, self.ranks.total(*own.values()), strict=True))
         if sums["errors"]:
             self.ranks.agree(error)
