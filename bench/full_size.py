@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -76,6 +77,11 @@ def make_full_size(directory: Path, seed: int = 0, tower_layers: int = 26, decod
     model.tie_weights()
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(directory)
+    save_processor(directory, tokenizer)
+    return directory
+
+
+def save_processor(directory: Path | str, tokenizer: Any) -> None:
     LlavaProcessor(
         image_processor=SiglipImageProcessorPil(size={"height": 384, "width": 384}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3),
         tokenizer=tokenizer,
@@ -83,4 +89,3 @@ def make_full_size(directory: Path, seed: int = 0, tower_layers: int = 26, decod
         vision_feature_select_strategy="full",
         chat_template=INTERLEAVE_CHAT_TEMPLATE,
     ).save_pretrained(directory)
-    return directory

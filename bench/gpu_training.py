@@ -10,19 +10,23 @@ import torch
 from torch import Tensor
 
 from bench.baselines import training as baselines
-from bench.full_size import config_05b
+from bench.full_size import TEXTS, config_05b, save_processor
 from bench.training_steps import CONFIG, Shape, samples, shapes
+from llava_fast.demo.tokenizer import train_tokenizer
 from llava_fast.limits import seconds
 
 SMALL: list[Shape] = [(1, 40, 16), (0, 60, 24)]
 ATTENTION = {"sdpa": "sdpa", "flash": "flash_attention_2"}
 
 
-def random_checkpoint(device: str, small: bool) -> Any:
-    """transformers' model with matrices of N(0, 1 / inputs), made where it is used: the CPU would take half a minute."""
-    from transformers import LlavaForConditionalGeneration
+def save_random(folder: str, device: str, small: bool) -> int:
+    """Writes transformers' model, and returns its placeholder. Its matrices of N(0, 1 / inputs) are made where it is used: the CPU would
+    take half a minute."""
+    from transformers import GenerationConfig, LlavaForConditionalGeneration
 
-    config = config_05b(1999 if small else 151_000, *(2, 2) if small else ())
+    tokenizer = train_tokenizer(TEXTS)
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = config_05b(image_token, *(2, 2) if small else ())
     if small:
         config.text_config.vocab_size = 2000
     with torch.device("meta"):
@@ -33,7 +37,10 @@ def random_checkpoint(device: str, small: bool) -> Any:
         for parameter in model.parameters():
             parameter.fill_(1.0) if parameter.ndim == 1 else parameter.normal_(std=parameter[0].numel() ** -0.5)
     model.tie_weights()
-    return model
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    save_processor(folder, tokenizer)
+    return image_token
 
 
 def measure_training(device: str, small: bool) -> Iterator[dict[str, Any]]:
@@ -43,13 +50,12 @@ def measure_training(device: str, small: bool) -> Iterator[dict[str, Any]]:
 
     dtype = torch.float32 if small else torch.bfloat16
     with tempfile.TemporaryDirectory() as folder:
-        random_checkpoint(device, small).save_pretrained(folder)
-        rows, pixels = samples(SMALL if small else shapes("16000"), 1999 if small else 151_000, 1999 if small else 100_000)
-        tokens, ours = sum(len(ids) for ids, _ in rows), _ours(folder, device, dtype, rows, pixels)
-        step, operations = ours
+        rows, pixels = samples(SMALL if small else shapes("16000"), save_random(folder, device, small), 2000 if small else 100_000)
+        tokens = sum(len(ids) for ids, _ in rows)
+        step, operations = _ours(folder, device, dtype, rows, pixels)
         expected, row = _timed("training step, llava_fast", step, tokens, device, small)
         yield row | {"gflops": operations / row["ms"] / 1e6}
-        del step, ours
+        del step
         inputs = baselines.padding_free_batch(rows, None if pixels is None else pixels.to(dtype))
         for name, attention in ATTENTION.items():
             title = f"training step, transformers padding-free, {name}"
