@@ -68,14 +68,16 @@ def test_padded(checkpoint: Any, benchmark: Any, record_sides: Any, limits: Any)
     if PADDED in values:
         record_sides("training_padded_2407_4layers", {side: values[side] for side in (OURS, PADDED)}, "step_s", **row)
     compiling = runs[COMPILED][0].report["warm_up_s"] - runs[PADDING_FREE][0].report["warm_up_s"]
-    record_sides("training_row_2407_4layers", values, "step_s", axis="tokens", at=row["tokens"], compile_s=compiling, **row)
+    record_sides("training_padding_free_2407_4layers", values, "step_s", axis="tokens", at=row["tokens"], compile_s=compiling, **row)
 
 
 def compare(row: str, layers: int, checkpoint: Any, benchmark: Any, record_sides: Any, limits: Any) -> None:
     known = facts(row, layers)
     runs = measured(benchmark, commands({OURS: 1, PADDING_FREE: 1}, checkpoint(layers), row))
     axis: dict[str, Any] = {"axis": "tokens", "at": known["tokens"]}
-    record_sides(f"training_row_{row}_{layers}layers", of_sides(runs, known["tokens"]), "step_s", **axis, **known, **rates(runs, limits))
+    record_sides(
+        f"training_padding_free_{row}_{layers}layers", of_sides(runs, known["tokens"]), "step_s", **axis, **known, **rates(runs, limits)
+    )
 
 
 @pytest.mark.parametrize("row", ["1000", "5523", *(pytest.param(row, marks=pytest.mark.long) for row in ("8000", "16000"))])
