@@ -26,8 +26,9 @@ from llava_fast.limits import describe, probe
 ROOT = Path(__file__).parent.parent
 # name -> seconds on two quiet cores, as measured; bench_<name>.py. Those that README quotes come first.
 SUITES = {
-    "first_token": 110,
-    "model": 200,
+    "first_token": 75,
+    "model": 185,
+    "loading": 50,
     "engine": 80,
     "serving": 200,
     "reuse": 95,
@@ -41,7 +42,7 @@ SUITES = {
     "spatial_pool": 40,
     "sampling": 10,
 }
-NEEDS_FULL_SIZE = ("first_token", "model", "reuse", "profile")
+NEEDS_FULL_SIZE = ("first_token", "model", "loading", "reuse", "profile")
 
 
 def arguments_of(suite: str, long: bool, checkpoint: Path | None, folder: Path | None) -> list[str]:

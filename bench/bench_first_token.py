@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.memory import median_of, run_in_turns
 
 NEW_TOKENS = 16
-ROUNDS = 3
+ROUNDS = 2
 
 
 def test_first_token(full_size: Path, benchmark, record_row) -> None:

@@ -89,3 +89,7 @@ def save_processor(directory: Path | str, tokenizer: Any) -> None:
         vision_feature_select_strategy="full",
         chat_template=INTERLEAVE_CHAT_TEMPLATE,
     ).save_pretrained(directory)
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())

@@ -5,7 +5,7 @@ Stages, the most valuable first, each in a process of its own with a time limit,
     build        pip install -e . without isolation and without dependencies; without it the kernels run from the checkout
     correctness  bench/correctness.py over bench/cases.py: the Triton kernels in bf16, fp16 and fp32 against fp64
     kernels      bench/cases.py timed, forward and backward, against torch, torch.compile, SDPA, FlexAttention, flash-attn, xformers, Liger
-    model        the 0.5b architecture with random weights: tower, prefill, decode
+    model        the 0.5b architecture with random weights: tower, prefill, decode; ours, then transformers with each attention and compiled
     training     a step of it on one row of 16,000 tokens, against a padding-free loop by hand
 
 After each measurement the stage's file under $OUT (else bench/results/<device>/) is written anew: what the clock cuts off is lost, what
@@ -195,8 +195,8 @@ def kernels(machine: limits.Limits, dry: bool) -> Iterator[Row]:
 
 
 def model(machine: limits.Limits, dry: bool) -> Iterator[Row]:
-    """The reference ops, then every op's Triton kernels."""
-    from bench.whole_model import measure_model
+    """The reference ops, then every op's Triton kernels, then transformers."""
+    from bench.whole_model import measure_model, measure_transformers
     from llava_fast.kernels import registry
 
     for name in ("reference", "triton"):
@@ -209,6 +209,10 @@ def model(machine: limits.Limits, dry: bool) -> Iterator[Row]:
                     yield {**row, "name": f"{row['name']}, {name} ops"}
         except Exception as error:  # any: the other set of ops may run
             yield {"name": f"model, {name} ops", "ok": False, "told": f"{type(error).__name__}: {error}"[:500]}
+    try:
+        yield from measure_transformers(machine.device, dry)
+    except Exception as error:  # any: a version of transformers that this was not written for
+        yield {"name": "model, transformers", "ok": False, "told": f"{type(error).__name__}: {error}"[:500]}
 
 
 def training(machine: limits.Limits, dry: bool) -> Iterator[Row]:
