@@ -95,7 +95,7 @@ def transformers_like(model: Llava, config: Any) -> Any:
 
 
 def attentions(theirs: Any, device: str) -> dict[str, Any]:
-    """By name: the same weights with each kind of attention that is here. On a GPU also cuDNN's, FlashAttention and the hub's kernels."""
+    """By name: the same weights with each kind of attention that is here. On a GPU also FlashAttention."""
     found = {"sdpa": theirs}
     for name in ("flash_attention_2",) if device == "cuda" else ():
         try:

@@ -1,7 +1,6 @@
 """transformers' model at inference, the ways that people speed it up: attention, dtype, int8, a static cache with torch.compile.
 
-Each is a function of the same inputs as ours and gives the model's answer. On a GPU: FlashAttention and the hub's kernels where they are
-installed; cuDNN's attention by `torch.nn.attention.sdpa_kernel`.
+Each is a function of the same inputs as ours and gives the model's answer. On a GPU also FlashAttention, where it is installed.
 """
 
 from __future__ import annotations
