@@ -1,12 +1,15 @@
 """From files to pixel values, against transformers' processor (its PIL path; from PIL pictures both give the same values): photographs as
-JPEG and PNG, and 16 frames of an H.264 video of ten seconds.
+JPEG and PNG, and 16 frames of an H.264 video of ten seconds. Pictures or frames a second, over megapixels.
 
 A question with four photographs of 12 megapixels waits for this longer than a GPU takes for the rest.
 """
 
 from __future__ import annotations
 
+import functools
 import io
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +22,43 @@ from transformers import SiglipImageProcessorPil
 from transformers.video_utils import load_video
 
 from bench.many_requests import photograph
+from bench.paired import OURS
 from llava_fast.inputs.images import ImageProcessor, open_image
 from llava_fast.inputs.video import frame_indices, load_frames
 from llava_fast.kernels.patchify import normalise
 
 SIDE, FRAMES, TAKEN = 384, 300, 16
-OURS = ImageProcessor(SIDE)
+OURS_PROCESSOR = ImageProcessor(SIDE)
 THEIRS = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3)
 
 
+@functools.cache
 def encoded(kind: str, size: tuple[int, int]) -> bytes:
     file = io.BytesIO()
     photograph(0, size).save(file, kind, **({"quality": 90} if kind == "JPEG" else {}))
     return file.getvalue()
 
 
+def in_turns(name: str, ours: Callable[[], Tensor], theirs: Callable[[], Tensor], pictures: int, paired: Any, record: Any, **point: Any):
+    torch.testing.assert_close(ours(), theirs(), rtol=0, atol=0)
+    pairs = paired(ours, theirs, rounds=3)
+    seconds = {OURS: statistics.median(pairs.ours), "transformers": statistics.median(pairs.baseline)}
+    record(name, {side: {"pictures_per_s": pictures / value} for side, value in seconds.items()}, "pictures_per_s", **point)
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("size", [(640, 480), (1920, 1280), (4000, 3000)], ids=["640x480", "1920x1280", "4000x3000"])
-def test_picture(kind: str, size: tuple[int, int], paired: Any) -> None:
+def test_picture(kind: str, size: tuple[int, int], paired: Any, record_sides: Any) -> None:
     data = encoded(kind, size)
 
     def ours() -> Tensor:
-        return normalise(OURS.views(open_image(data)))
+        return normalise(OURS_PROCESSOR.views(open_image(data)))
 
     def theirs() -> Tensor:
         return THEIRS(images=Image.open(io.BytesIO(data)).convert("RGB"), return_tensors="pt")["pixel_values"]
 
-    torch.testing.assert_close(ours(), theirs())
-    paired(ours, theirs)
+    megapixels = size[0] * size[1] / 1e6
+    in_turns(f"pictures_{kind}[{size[0]}x{size[1]}]", ours, theirs, 1, paired, record_sides, axis="megapixels", at=megapixels)
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +78,14 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_video(clip: Path, paired: Any) -> None:
+def test_video(clip: Path, paired: Any, record_sides: Any) -> None:
     taken = frame_indices(FRAMES, 30.0, TAKEN)
 
     def ours() -> Tensor:
-        return torch.cat([normalise(OURS.views(Image.fromarray(frame))) for frame in load_frames(clip, num_frames=TAKEN).frames])
+        return torch.cat([normalise(OURS_PROCESSOR.views(Image.fromarray(frame))) for frame in load_frames(clip, num_frames=TAKEN).frames])
 
     def theirs() -> Tensor:
         frames, _ = load_video(str(clip), backend="pyav", sample_indices_fn=lambda metadata, **_: np.array(taken))
         return THEIRS(images=[Image.fromarray(frame) for frame in frames], return_tensors="pt")["pixel_values"]
 
-    torch.testing.assert_close(ours(), theirs())
-    paired(ours, theirs)
+    in_turns("video_16_of_300_frames", ours, theirs, TAKEN, paired, record_sides)

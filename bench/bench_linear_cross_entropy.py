@@ -3,15 +3,19 @@
 The baseline is what a model without label rows does: logits of every row, F.cross_entropy over them. At the vocabulary of 152,000
 its logits, their log-softmax and their gradient are 15 GB in fp32, so both run at a sixteenth of it; the ratio is of rows, 25, and
 of passes over logits. Peak memory is measured once each, over what the inputs and the weight's gradient take.
+
+test_label_rows holds it against what knows the label rows too, at a quarter of the vocabulary and over their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 
+from bench.baselines.kernels import check_agree, chunked_loss, inductor, label_rows_loss
 from bench.memory import peak_in_process, status
 from llava_fast.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -40,6 +44,22 @@ def calls() -> tuple[Callable[[], object], Callable[[], object]]:
 def test_linear_cross_entropy_at_4_percent_labels(paired, limits) -> None:
     # Three products: logits, and the gradients of hidden rows and weight.
     paired(*calls(), operations=6 * LABELS * D * V, limit=limits("cpu").fma_fp32_gflops * 1e9)
+
+
+@pytest.mark.parametrize("labels", [16, 64, 256, pytest.param(1024, marks=pytest.mark.long)])
+def test_label_rows(paired, limits, labels: int) -> None:
+    vocabulary = 38_000  # a quarter: the gradients of four sides at 152,000 would be 2.5 GB
+    hidden, weight = torch.randn(labels, D).requires_grad_(), (torch.randn(vocabulary, D) / 32).requires_grad_()
+    wanted, compiled = torch.randint(0, vocabulary, (labels,)), inductor(label_rows_loss)
+
+    def gradients(loss: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(loss(hidden, weight, wanted), (hidden, weight))
+
+    ours = gradients(lambda *arguments: linear_cross_entropy(*arguments, reduction="mean"))
+    rivals = {"torch": gradients(label_rows_loss), "torch.compile": gradients(compiled), "torch, in chunks": gradients(chunked_loss)}
+    check_agree(ours, rivals)
+    operations, limit = 6.0 * labels * D * vocabulary, limits("cpu").fma_fp32_gflops * 1e9
+    paired(ours, rivals, operations=operations, limit=limit, axis="rows", at=labels, rounds=3)
 
 
 def test_linear_cross_entropy_memory(benchmark, record_row) -> None:

@@ -2,9 +2,9 @@
 
 The pack is the first 8 samples of bench/workloads/m4_mix.jsonl, a view being 196 rows (14 x 14 after pooling): 358 to 2,807 rows. Its
 baseline is what a model without packing does: the same rows padded to the longest sample, is_causal=True. The ratio holds both the
-padding, a factor of 4.9 in operations, and the kernels. Operations are those of the pairs that are seen; the limit is the
-multiply-add rate. Decoding reads the cache: the limit is the read bandwidth; rounds walk through caches that together pass the
-last-level cache.
+padding, a factor of 4.9 in operations, and the kernels. test_pack_rivals holds them against what packs without it: a call a sample, one
+call with a mask, FlexAttention. Operations are those of the pairs that are seen; the limit is the multiply-add rate. Decoding reads the
+cache: the limit is the read bandwidth; rounds walk through caches that together pass the last-level cache.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.baselines.kernels import check_agree, flex_packed, packed_mask, sdpa_by_sample, sdpa_masked
 from llava_fast.kernels.varlen_attention import varlen_attention
 
 WORKLOAD = Path(__file__).parent / "workloads" / "m4_mix.jsonl"
@@ -61,7 +62,7 @@ def operations() -> float:
 def test_pack_forward(paired, limits, G: int) -> None:
     ours, baseline, _, _ = pack_calls(G)
     with torch.no_grad():
-        paired(ours, baseline, operations=operations(), limit=limits("cpu").fma_fp32_gflops * 1e9)
+        paired(ours, baseline, operations=operations(), limit=limits("cpu").fma_fp32_gflops * 1e9, rounds=3)
 
 
 @pytest.mark.parametrize("G", [16])
@@ -72,7 +73,52 @@ def test_pack_forward_and_backward(paired, limits, G: int) -> None:
         grad = torch.randn(run().shape)
         return lambda: torch.autograd.grad(run(), inputs, grad)
 
-    paired(both(ours, packed), both(baseline, padded), operations=3.5 * operations(), limit=limits("cpu").fma_fp32_gflops * 1e9)
+    limit = limits("cpu").fma_fp32_gflops * 1e9
+    paired(both(ours, packed), both(baseline, padded), operations=3.5 * operations(), limit=limit, rounds=3)
+
+
+@pytest.mark.parametrize("G", [16, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_pack_rivals(paired, limits, direction: str, G: int) -> None:
+    """FlexAttention has no backward pass on a CPU, and a mask takes four seconds both ways."""
+    lengths = pack_lengths()
+    cu, mask = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32), packed_mask(lengths)
+    q, k, v = (torch.randn(sum(lengths), heads, D, requires_grad=direction == "both") for heads in (H, G, G))
+    calls: dict[str, Callable[[], Tensor]] = {
+        "ours": lambda: varlen_attention(q, k, v, cu, cu),
+        "SDPA, a call a sample": lambda: sdpa_by_sample(q, k, v, lengths),
+        "SDPA with a mask": lambda: sdpa_masked(q, k, v, mask),
+    }
+    limit = limits("cpu").fma_fp32_gflops * 1e9
+    if direction == "forward":
+        flex = flex_packed(lengths)
+        calls["FlexAttention"] = lambda: flex(q, k, v)
+        mine = calls.pop("ours")
+        with torch.no_grad():
+            check_agree(mine, calls)
+            paired(mine, calls, operations=operations(), limit=limit, rounds=3)
+        return
+    del calls["SDPA with a mask"]
+    grad = torch.randn_like(q)
+    runs: dict[str, Callable[[], object]] = {
+        name: lambda call=call: torch.autograd.grad(call(), (q, k, v), grad)  # type: ignore[misc]
+        for name, call in calls.items()
+    }
+    ours = runs.pop("ours")
+    check_agree(ours, runs)
+    paired(ours, runs, operations=3.5 * operations(), limit=limit, rounds=3)
+
+
+@pytest.mark.parametrize("n", [128, 512, 2048, 4096])
+def test_length(paired, limits, n: int) -> None:
+    """How the time grows with the length of one causal sequence."""
+    q, k, v = (torch.randn(n, H, D) for _ in range(3))
+    cu, flex = torch.tensor([0, n], dtype=torch.int32), flex_packed([n])
+    rivals = {"SDPA": lambda: sdpa_by_sample(q, k, v, [n]), "FlexAttention": lambda: flex(q, k, v)}
+    with torch.no_grad():
+        check_agree(lambda: varlen_attention(q, k, v, cu, cu), rivals)
+        facts = {"operations": 4.0 * n * (n + 1) / 2 * H * D, "limit": limits("cpu").fma_fp32_gflops * 1e9}
+        paired(lambda: varlen_attention(q, k, v, cu, cu), rivals, **facts, axis="tokens", at=n, rounds=3)
 
 
 def test_tower(paired, limits) -> None:
@@ -82,10 +128,13 @@ def test_tower(paired, limits) -> None:
     cu = torch.arange(0, (views + 1) * n, n, dtype=torch.int32)
 
     def baseline() -> Tensor:
-        return F.scaled_dot_product_attention(*(x.unflatten(0, (views, n)).transpose(1, 2) for x in (q, k, v)))
+        out = F.scaled_dot_product_attention(*(x.unflatten(0, (views, n)).transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2).flatten(0, 1)
 
-    limit = limits("cpu").fma_fp32_gflops * 1e9
-    paired(lambda: varlen_attention(q, k, v, cu, cu, causal=False), baseline, operations=4.0 * views * n * n * H * d, limit=limit)
+    with torch.no_grad():
+        check_agree(lambda: varlen_attention(q, k, v, cu, cu, causal=False), {"SDPA": baseline})
+        limit = limits("cpu").fma_fp32_gflops * 1e9
+        paired(lambda: varlen_attention(q, k, v, cu, cu, causal=False), baseline, operations=4.0 * views * n * n * H * d, limit=limit)
 
 
 @pytest.mark.parametrize("heads", [(16, 16), (14, 2)], ids=["16-16", "14-2"])
@@ -101,15 +150,15 @@ def test_decode(paired, heads: tuple[int, int], dtype: str) -> None:
     narrow = q.to(stored)[None].transpose(1, 2)
     layers, others = itertools.cycle(caches), itertools.cycle(caches)
 
-    def ours() -> None:
-        for _ in range(24):
-            k, v = next(layers)
-            varlen_attention(q, k, v, cu_q, cu_k)
+    def one(k: Tensor, v: Tensor) -> Tensor:
+        return varlen_attention(q, k, v, cu_q, cu_k)
 
-    def baseline() -> None:
-        for _ in range(24):
-            k, v = (x[None].transpose(1, 2) for x in next(others))
-            F.scaled_dot_product_attention(narrow, k, v, enable_gqa=G != Hq)
+    def theirs(k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x[None].transpose(1, 2) for x in (k, v))
+        return F.scaled_dot_product_attention(narrow, k, v, enable_gqa=G != Hq)
 
     with torch.no_grad():
-        paired(ours, baseline, bytes_read=24 * bytes_read)
+        check_agree(lambda: one(*caches[0]), {"SDPA": lambda: theirs(*caches[0])[0].transpose(0, 1)})
+        paired(
+            lambda: [one(*next(layers)) for _ in range(24)], lambda: [theirs(*next(others)) for _ in range(24)], bytes_read=24 * bytes_read
+        )
