@@ -89,10 +89,17 @@ void attention_forward(AttentionTask task, const AttentionIndex& index) {
     std::vector<Piece> pieces;
     std::vector<int64_t> few, few_partial{0};
     double work = 0;
-    int64_t lanes = 0;
-    for (const Sequence& seq : sequences) lanes += seq.n_q * R > few_lanes ? seq.n_q * R * task.G : 0;
-    // A quarter of a thread's share at most, so that threads end together.
-    const int64_t most = std::clamp<int64_t>(lanes / (4 * std::max(task.threads, 1)) / 48 * 48, 48, kMaxLanes);
+    int64_t lanes = 0, pairs = 0;
+    for (const Sequence& seq : sequences) {
+        if (seq.n_q * R <= few_lanes) continue;
+        lanes += seq.n_q * R * task.G;
+        pairs += task.G;
+    }
+    // Several heads where a row of keys has them side by side: a row's 256 bytes of one head come at half the speed of longer runs.
+    const bool adjacent = task.k.head == task.d && task.v.head == task.d;
+    const int64_t share = std::clamp<int64_t>(pairs / std::max(task.threads, 1), 1, 8);
+    // Half of a thread's share at most, so that threads end together.
+    const int64_t most = std::clamp<int64_t>((lanes / (2 * std::max(task.threads, 1)) + 47) / 48 * 48, 48, kMaxLanes);
     for (int64_t s = 0; s < task.S; ++s) {
         const Sequence& seq = sequences[s];
         const int64_t n = seq.n_q * R;
@@ -103,18 +110,21 @@ void attention_forward(AttentionTask task, const AttentionIndex& index) {
             for (int64_t j = 0; j < keys_of(seq); j += kChunk) {
                 const int64_t last = std::min(j + kChunk, keys_of(seq));
                 // Reading is what costs: as much as 16 lanes' arithmetic.
-                pieces.push_back({s, -1, j, last, place, static_cast<double>((last - j) * task.G * std::max<int64_t>(n, 16))});
+                pieces.push_back({s, -1, task.G, j, last, place, static_cast<double>((last - j) * task.G * std::max<int64_t>(n, 16))});
                 place += task.G * n;
             }
             few_partial.push_back(place);
         } else {
             const int64_t count = (n + most - 1) / most, size = ((n + count - 1) / count + 47) / 48 * 48;
+            const int64_t heads = adjacent ? std::clamp<int64_t>(kMaxLanes / size, 1, share) : 1;
             for (int64_t first = 0; first < n; first += size) {
                 const int64_t last = std::min(first + size, n);
                 int64_t keys = keys_of(seq);
                 if (task.causal && task.q_index == nullptr) keys = std::clamp<int64_t>(keys - seq.n_q + last / R, 0, keys);
-                for (int64_t g = 0; g < task.G; ++g)
-                    pieces.push_back({s, g, first, last, 0, static_cast<double>((last - first) * (keys + 16))});
+                for (int64_t g = 0; g < task.G; g += heads) {
+                    const int64_t taken = std::min(heads, task.G - g);
+                    pieces.push_back({s, g, taken, first, last, 0, static_cast<double>(taken * (last - first) * (keys + 16))});
+                }
             }
         }
     }

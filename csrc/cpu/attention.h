@@ -14,7 +14,7 @@ namespace llava_fast {
 constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kChunk = 64;      // keys a thread takes at a time where there are few lanes
 constexpr int64_t kFewLanes = 8;    // up to here keys are read row by row and not in tiles
-constexpr int64_t kMaxLanes = 240;  // of a piece: 5 blocks with AVX-512, 10 with AVX2
+constexpr int64_t kMaxLanes = 480;  // of a piece, over its heads: 10 blocks with AVX-512, 20 with AVX2
 
 // A [rows, heads, d] array; strides in elements, the last dimension is contiguous.
 struct Rows {
@@ -36,9 +36,10 @@ static inline int64_t keys_of(const Sequence& s) {
     return s.shared + s.own;
 }
 
-// A piece of work of the forward pass: lanes [first, last) of key-value head g, or, where g < 0, keys [first, last) for all heads.
+// A piece of work of the forward pass: lanes [first, last) of key-value heads [g, g + heads), or, where g < 0, keys [first, last) for all
+// heads.
 struct Piece {
-    int64_t sequence, g, first, last;
+    int64_t sequence, g, heads, first, last;
     int64_t partial;  // where g < 0: its place in the list of partial results
     double cost;
 };

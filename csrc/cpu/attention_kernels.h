@@ -12,17 +12,51 @@ namespace ISA {
 
 // The state of up to kLanes lanes between tiles.
 struct Block {
-    int64_t first, n;         // its lanes
+    int64_t g, first, n;      // its lanes
     int columns;              // registers
     int64_t lowest, highest;  // limits
     float *query, *sum;       // [d, columns * kWidth] and, up to kRows, the same
     float *largest, *total, *limit;
 };
 
+// Fetches the keys and values of the tile that comes next, a few lines between two products of the tile at hand, so that the products do
+// not wait for lines of their own. Streams of lines that ascend, 16 rows at a time, are what the hardware reads ahead of.
+struct Ahead {
+    static constexpr int64_t kStreams = 16;
+    const char* rows[2 * kTile];
+    int64_t count = 0, lines = 0, row = 0, line = 0, share = 0;
+
+    // Keys [j, j + n) of the piece's heads, in `turns` turns.
+    void begin(const AttentionTask& task, const Sequence& seq, const Piece& piece, int64_t j, int64_t n, int64_t turns) {
+        count = row = line = 0;
+        const int64_t size = task.k.type == DType::f32 ? 4 : task.k.type == DType::e4m3 ? 1 : 2;
+        const Rows* both[] = {&task.k, &task.v};
+        for (const Rows* tensor : both) {
+            for (int64_t r = 0; r < n; ++r) {
+                const int64_t place = key_offset(task, seq, *tensor, j + r) + piece.g * tensor->head;
+                rows[count++] = static_cast<const char*>(tensor->data) + place * size;
+            }
+        }
+        lines = (piece.heads * task.d * size + 63) / 64;
+        share = (count * lines + turns - 1) / turns;
+    }
+    void operator()() {
+        for (int64_t i = 0; i < share && row < count; ++i) {
+            __builtin_prefetch(rows[row] + line * 64);
+            if (++row % kStreams != 0 && row != count) continue;
+            if (++line < lines) {
+                row = (row - 1) / kStreams * kStreams;
+            } else {
+                line = 0;
+            }
+        }
+    }
+};
+
 template <int N>
-static void forward_tile(const Block& block, const float* keys, const float* values, int64_t first_key, int64_t n, int64_t d,
-                         float* scores) {
-    dots<N>(keys, block.query, n, d, scores);
+static void forward_tile(const Block& block, const float* keys, const float* values, int64_t first_key, int64_t n, int64_t d, float* scores,
+                         Ahead& ahead) {
+    dots<N>(keys, block.query, n, d, scores, ahead);
     if (block.lowest < first_key + n) hide<N>(scores, first_key, n, block.limit);
     vec top[N], factor[N], total[N];
 #pragma GCC unroll 4
@@ -47,7 +81,7 @@ static void forward_tile(const Block& block, const float* keys, const float* val
     }
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) store(block.total + i * kWidth, total[i]);
-    weigh<N>(values, scores, n, d, factor, block.sum);
+    weigh<N>(values, scores, n, d, factor, block.sum, ahead);
 }
 
 // Floats of a block's state.
@@ -57,14 +91,15 @@ static inline int64_t state_size(int64_t d) {
 
 static void forward_lanes(const AttentionTask& task, const Piece& piece, float* scratch) {
     const Sequence& seq = task.sequences[piece.sequence];
-    const int64_t d = task.d, columns = up(d, kRows), R = task.H / task.G, g = piece.g;
+    const int64_t d = task.d, columns = up(d, kRows), R = task.H / task.G;
     const int64_t count = (piece.last - piece.first + kLanes - 1) / kLanes, state = state_size(d);
     float *keys = scratch, *values = keys + kTile * kStride, *scores = values + kTile * kStride, *states = scores + kTile * kLanes;
-    Block blocks[kMaxLanes / kLanes];
+    Block blocks[kMaxLanes / kLanes];  // those of a head together
     int64_t highest = 0;
-    for (int64_t b = 0; b < count; ++b) {
+    for (int64_t b = 0; b < piece.heads * count; ++b) {
         Block& block = blocks[b];
-        block.first = piece.first + b * kLanes;
+        block.g = piece.g + b / count;
+        block.first = piece.first + b % count * kLanes;
         block.n = least(kLanes, piece.last - block.first);
         block.columns = static_cast<int>((block.n + kWidth - 1) / kWidth);
         const int64_t width = block.columns * kWidth;
@@ -73,7 +108,7 @@ static void forward_lanes(const AttentionTask& task, const Piece& piece, float* 
         block.largest = block.sum + kLanes * columns;
         block.total = block.largest + kLanes;
         block.limit = block.total + kLanes;
-        gather(task, seq, task.q, g, block.first, block.n, task.scale, block.query, width);
+        gather(task, seq, task.q, block.g, block.first, block.n, task.scale, block.query, width);
         for (int64_t i = 0; i < columns * width; ++i) block.sum[i] = 0.0f;
         block.lowest = keys_of(seq);
         block.highest = 0;
@@ -87,36 +122,40 @@ static void forward_lanes(const AttentionTask& task, const Piece& piece, float* 
         }
         highest = most(highest, block.highest);
     }
+    Ahead ahead;
     for (int64_t j = 0; j < highest; j += kTile) {
-        const int64_t n = least(kTile, highest - j);
-        copy(task, seq, task.k, task.k_scale, g, j, n, keys);
-        copy(task, seq, task.v, task.v_scale, g, j, n, values);
-        for (int64_t b = 0; b < count; ++b) {
+        const int64_t n = least(kTile, highest - j), next = most(0, least(kTile, highest - j - kTile));
+        ahead.begin(task, seq, piece, j + kTile, next, piece.heads * count * (up(n, kRows) + up(d, kRows)) / kRows);
+        for (int64_t b = 0; b < piece.heads * count; ++b) {
+            if (b % count == 0) {
+                copy(task, seq, task.k, task.k_scale, blocks[b].g, j, n, keys);
+                copy(task, seq, task.v, task.v_scale, blocks[b].g, j, n, values);
+            }
             const int64_t seen = least(n, blocks[b].highest - j);
             if (seen <= 0) continue;
             switch (blocks[b].columns) {
                 case 1:
-                    forward_tile<1>(blocks[b], keys, values, j, seen, d, scores);
+                    forward_tile<1>(blocks[b], keys, values, j, seen, d, scores, ahead);
                     break;
                 case 2:
-                    forward_tile<2>(blocks[b], keys, values, j, seen, d, scores);
+                    forward_tile<2>(blocks[b], keys, values, j, seen, d, scores, ahead);
                     break;
                 default:
-                    forward_tile<3>(blocks[b], keys, values, j, seen, d, scores);
+                    forward_tile<3>(blocks[b], keys, values, j, seen, d, scores, ahead);
             }
         }
     }
-    for (int64_t b = 0; b < count; ++b) {
+    for (int64_t b = 0; b < piece.heads * count; ++b) {
         Block& block = blocks[b];
         for (int64_t i = 0; i < block.n; ++i) {
             const float total = block.total[i];
             if (task.lse != nullptr) {
-                float* lse = task.lse + (seq.q_start + (block.first + i) / R) * task.H + g * R + (block.first + i) % R;
+                float* lse = task.lse + (seq.q_start + (block.first + i) / R) * task.H + block.g * R + (block.first + i) % R;
                 *lse = total == 0.0f ? -__builtin_inff() : block.largest[i] + __builtin_logf(total);
             }
             block.total[i] = total == 0.0f ? 0.0f : 1.0f / total;
         }
-        scatter(task, seq, task.out, g, block.first, block.n, block.total, block.sum, block.columns * kWidth);
+        scatter(task, seq, task.out, block.g, block.first, block.n, block.total, block.sum, block.columns * kWidth);
     }
 }
 
@@ -285,7 +324,8 @@ static int64_t forward_scratch(const AttentionTask& task) {
     for (int64_t i = 0; i < task.piece_count; ++i) {
         const Piece& piece = task.pieces[i];
         const int64_t lanes = piece.g >= 0 ? piece.last - piece.first : task.sequences[piece.sequence].n_q * task.H;
-        floats = most(floats, piece.g >= 0 ? kTile * (2 * kStride + kLanes) + (lanes + kLanes - 1) / kLanes * state_size(task.d)
+        const int64_t blocks = piece.heads * ((lanes + kLanes - 1) / kLanes);
+        floats = most(floats, piece.g >= 0 ? kTile * (2 * kStride + kLanes) + blocks * state_size(task.d)
                                            : lanes * (size + kChunk) + kWidth * kStride);
     }
     return floats;

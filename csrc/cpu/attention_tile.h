@@ -236,23 +236,30 @@ static inline vec dot_rows(const Keys& keys, const float* q, int64_t d) {
     return sums(dots);
 }
 
-// scores[j, lane] = key j . column `lane`, for n keys rounded up to kRows.
-template <int N>
-static void dots(const float* keys, const float* columns, int64_t n, int64_t d, float* scores) {
+struct Nothing {
+    void operator()() const {}
+};
+
+// scores[j, lane] = key j . column `lane`, for n keys rounded up to kRows; `between` is called after each kRows of them.
+template <int N, typename Between = Nothing>
+static void dots(const float* keys, const float* columns, int64_t n, int64_t d, float* scores, Between&& between = {}) {
     for (int64_t j = 0; j < n; j += kRows) {
         product<N, kStride, 1>(keys + j * kStride, columns, N * kWidth, d,
                                [&](int r, int i, vec sum) { store(scores + ((j + r) * N + i) * kWidth, sum); });
+        between();
     }
 }
 
 // columns[c, lane] = factor[lane] * columns[c, lane] + sum_j weights[j, lane] * values[j, c]
-template <int N>
-static void weigh(const float* values, const float* weights, int64_t n, int64_t d, const vec* factor, float* columns) {
+template <int N, typename Between = Nothing>
+static void weigh(const float* values, const float* weights, int64_t n, int64_t d, const vec* factor, float* columns,
+                  Between&& between = {}) {
     for (int64_t c = 0; c < d; c += kRows) {
         product<N, 1, kStride>(values + c, weights, N * kWidth, n, [&](int r, int i, vec sum) {
             float* place = columns + ((c + r) * N + i) * kWidth;
             store(place, fma(load(place), factor[i], sum));
         });
+        between();
     }
 }
 
