@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llava_fast.kernels import _linear_triton, _native, registry
+from llava_fast.kernels import _linear_triton, _native, linear_gradient, registry
 from llava_fast.kernels._linear_triton import candidates as candidates
 from llava_fast.kernels._linear_triton import shipped_calls as shipped_calls
 from llava_fast.kernels._native import address, element
@@ -208,10 +208,10 @@ def _(x, weight, scale, bias, residual, kind, group, act, keep, implementation):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, scale, bias, _, kind, group, act, keep, _ = inputs
+    x, weight, scale, bias, _, kind, group, act, keep, implementation = inputs
     ctx.set_materialize_grads(False)  # of the values before act, which have none
     ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, scale, output[1] if keep else None)
-    ctx.kind, ctx.group, ctx.act = kind, group, act
+    ctx.kind, ctx.group, ctx.act, ctx.implementation = kind, group, act, implementation
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -233,10 +233,10 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
     flat_MO = before.reshape(-1, before.shape[-1])
     grad_x = grad_weight = grad_bias = None
     if needs[0]:
-        matrix = weight if scale is None else Quantised(weight, scale, ctx.kind, ctx.group)
-        grad_x = before @ _widened(matrix, before.dtype)
+        matrix = weight if scale is None else Quantised(weight, scale, ctx.kind, ctx.group).dequantise(before.dtype)
+        grad_x = linear_gradient.multiply(flat_MO, matrix, False, ctx.implementation).view(*before.shape[:-1], matrix.shape[1])
     if needs[1]:
-        grad_weight = (flat_MO.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        grad_weight = linear_gradient.multiply(flat_MO, x.reshape(-1, x.shape[-1]), True, ctx.implementation).to(weight.dtype)
     if needs[3]:
         grad_bias = flat_MO.sum(0).to(ctx.bias_dtype)
     return grad_x, grad_weight, None, grad_bias, grad if needs[4] else None, None, None, None, None, None

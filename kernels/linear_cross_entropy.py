@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llava_fast import memory
-from llava_fast.kernels import _native, registry
+from llava_fast.kernels import _native, linear_gradient, registry
 from llava_fast.kernels._linear_cross_entropy_triton import candidates, rows_triton, shipped_calls  # noqa: F401 (two of them for bench/)
 from llava_fast.kernels._native import address, element
 from llava_fast.kernels._triton import DEVICES
@@ -100,8 +100,8 @@ def _chunks(hidden_LD: Tensor, V: int) -> Iterator[slice]:
 class _Gradients:
     """grad_hidden [L, D] and grad_weight [V, D], added up chunk by chunk; [0] for one that nobody wants."""
 
-    def __init__(self, hidden_LD: Tensor, weight_VD: Tensor, need_hidden: bool, need_weight: bool):
-        self.hidden_LD, self.weight_VD = hidden_LD, weight_VD
+    def __init__(self, hidden_LD: Tensor, weight_VD: Tensor, need_hidden: bool, need_weight: bool, implementation: str):
+        self.hidden_LD, self.weight_VD, self.implementation = hidden_LD, weight_VD, implementation
         self.grad_hidden = torch.empty_like(hidden_LD) if need_hidden else hidden_LD.new_empty(0)
         # In large pages: a table of 622 MB has 152,000 small ones, which are new with every step.
         shape, device = tuple(weight_VD.shape), weight_VD.device
@@ -111,7 +111,9 @@ class _Gradients:
 
     def add(self, d_logits: Tensor, chunk: slice) -> None:
         hidden, weight, dtype = self.hidden_LD[chunk], self.weight_VD, d_logits.dtype
-        if self.grad_hidden.dim() == 2 and weight.dtype == dtype:
+        if self.grad_hidden.dim() == 2 and linear_gradient.served(d_logits, weight, self.implementation):
+            linear_gradient.product_into(self.grad_hidden[chunk], d_logits, weight, a_transposed=False)
+        elif self.grad_hidden.dim() == 2 and weight.dtype == dtype:
             torch.mm(d_logits, weight, out=self.grad_hidden[chunk])
         elif self.grad_hidden.dim() == 2:
             out, rows = self.grad_hidden[chunk], max(1, BLOCK_BYTES // (weight.shape[1] * d_logits.element_size()))
@@ -120,7 +122,9 @@ class _Gradients:
                 torch.addmm(out, d_logits[:, block], weight[block].to(dtype), beta=int(start > 0), out=out)
         if self.total is not None:
             beta = int(chunk.start > 0)  # the first chunk overwrites what the memory held
-            if dtype == self.total.dtype:
+            if linear_gradient.served(d_logits, hidden, self.implementation):
+                linear_gradient.product_into(self.total, d_logits, hidden, a_transposed=True, add=chunk.start > 0)
+            elif dtype == self.total.dtype:
                 torch.addmm(self.total, d_logits.T, hidden, beta=beta, out=self.total)
             elif d_logits.is_cuda:
                 torch.addmm(self.total, d_logits.T, hidden, out_dtype=self.total.dtype, beta=beta, out=self.total)
@@ -145,7 +149,7 @@ def _run(
     """Losses and lse by row, and the gradients of scale * (their sum)."""
     hidden_LD, weight_VD, labels_L = hidden_LD.contiguous(), weight_VD.contiguous(), labels_L.contiguous()
     loss_L = hidden_LD.new_empty(hidden_LD.shape[0], dtype=_wide(hidden_LD.dtype))
-    lse_L, gradients = torch.empty_like(loss_L), _Gradients(hidden_LD, weight_VD, need_hidden, need_weight)
+    lse_L, gradients = torch.empty_like(loss_L), _Gradients(hidden_LD, weight_VD, need_hidden, need_weight, implementation)
     rows, needed = _ROWS[implementation], need_hidden or need_weight
     for chunk in _chunks(hidden_LD, weight_VD.shape[0]):
         logits = linear(hidden_LD[chunk], weight_VD)
@@ -185,7 +189,7 @@ def _losses_backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     hidden_LD, weight_VD, labels_L, grad_L = hidden_LD.contiguous(), weight_VD.contiguous(), labels_L.contiguous(), grad_L.contiguous()
-    gradients, rows = _Gradients(hidden_LD, weight_VD, need_hidden, need_weight), _ROWS[implementation]
+    gradients, rows = _Gradients(hidden_LD, weight_VD, need_hidden, need_weight, implementation), _ROWS[implementation]
     for chunk in _chunks(hidden_LD, weight_VD.shape[0]):
         logits = linear(hidden_LD[chunk], weight_VD)
         rows(logits, labels_L[chunk], None, lse_L[chunk], grad_L[chunk], 1.0, smoothing, z_loss, True)

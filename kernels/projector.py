@@ -28,6 +28,7 @@ from torch import Tensor
 
 from llava_fast.kernels import _linear_triton, linear, registry, spatial_pool
 from llava_fast.kernels._triton import DEVICES, config, jit, on_device, tl, triton
+from llava_fast.kernels.linear_gradient import multiply
 from llava_fast.kernels.registry import Implementation
 
 Resamples = Sequence[tuple[str, Tensor, tuple[int, int]]]
@@ -346,24 +347,24 @@ def _backward_pass(
         if needs[3]:
             assert h is not None
             if source is None or after:
-                grads[3] = g.t() @ h
+                grads[3] = multiply(g, h, True, name)
             else:
                 whole = h.new_empty(total, D)
                 whole[:M] = h
                 _pool_into(whole, M, maps, name)
-                grads[3] = g.t() @ whole.index_select(0, source.clamp(max=total - 1))
+                grads[3] = multiply(g, whole.index_select(0, source.clamp(max=total - 1)), True, name)
         if needs[4]:
             grads[4] = g.sum(0)
         if any(needs[:3]):
-            g = g @ w2.to(g.dtype)
+            g = multiply(g, w2, False, name)
             if source is not None and not after:
                 g = _pool_backward(run.segment_sum(g, source, total, g.dtype), None, M, maps, name)
     if act and any(needs[:3]):
         g = linear._act_backward(g, pre, act)
     if needs[0]:
-        grads[0] = g @ w1.to(g.dtype)
+        grads[0] = multiply(g, w1, False, name)
     if needs[1]:
-        grads[1] = g.t() @ features
+        grads[1] = multiply(g, features, True, name)
     if needs[2]:
         # Without a product that makes it anew, g may be a view of the argument, which a custom op must not return.
         grads[2] = g.sum(0)

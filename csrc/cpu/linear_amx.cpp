@@ -11,38 +11,15 @@
 // x's the right one, a step by 16 rows of x in pairs of columns; the sums are y transposed. Blocks of x's rows are split and packed so
 // that they stay in L2 while the panels of W pass; W in bf16 is multiplied where it lies. The order of sums depends on I alone: a row's
 // result does not depend on how many others there are, as long as these tiles compute it (linear_amx below), nor on threads.
-#include <immintrin.h>
-
 #define ISA amx
 #include "cpu/linear_parts.h"
+#include "cpu/linear_tiles.h"
 
 namespace llava_fast {
 namespace ISA {
 
-constexpr int64_t kTile = 16, kPanel = 32, kStep = 32;
-constexpr int64_t kTileSize = kTile * kStep, kSums = kTile * kTile;  // bf16 of an operand, floats of sums: both 1 KB
 constexpr int64_t kMaxK = 1152;
-constexpr int64_t kHeld = 5 << 18;  // bytes of x and of sums that stay in L2, which is 2 MB in every CPU that has AMX
 constexpr int64_t kAheadX = 1024;   // bytes
-
-// How many bf16 make up a number; int4, and int8 with more than one scale a row, are multiplied by their scales first.
-template <typename T>
-constexpr int kParts = 3;
-template <>
-constexpr int kParts<bf16> = 1;
-template <>
-constexpr int kParts<f16> = 2;
-
-// The parts, each in the upper half of its lane: the leading eight bits of what the others left.
-template <int P>
-static inline void split(vec x, __m512i (&part)[P]) {
-#pragma GCC unroll 3
-    for (int p = 0; p < P; ++p) {
-        part[p] = _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(static_cast<int>(0xffff0000)));
-        const vec head = _mm512_castsi512_ps(part[p]);
-        if (p + 1 < P) x = _mm512_maskz_sub_ps(_mm512_cmp_ps_mask(x, head, _CMP_NEQ_UQ), x, head);  // infinity - infinity is 0 here
-    }
-}
 
 // 16 rows of x from m on, K columns from begin on: a tile for each step and part, zero past the ends.
 template <typename T>
@@ -60,16 +37,7 @@ static void pack_x(const LinearTask& task, int64_t m, int64_t begin, int64_t K, 
         transpose(r);
         bf16* tile = to + k / kStep * P * kTileSize + k % kStep * kTile;
 #pragma GCC unroll 8
-        for (int i = 0; i < kWidth; i += 2) {
-            __m512i even[P], odd[P];
-            split(r[i], even);
-            split(r[i + 1], odd);
-#pragma GCC unroll 3
-            for (int p = 0; p < P; ++p) {
-                const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32(even[p], 16), odd[p]);
-                _mm512_store_si512(tile + p * kTileSize + i * kTile, pairs);
-            }
-        }
+        for (int i = 0; i < kWidth; i += 2) pair<P>(r[i], r[i + 1], tile + i * kTile);
     }
 }
 
@@ -81,18 +49,14 @@ static inline void parts_of(const Weight<W>& weight, int64_t o, int64_t k, int64
     if constexpr (P == 1 && sizeof(W) == 2) {
         packed[0] = count < kStep ? _mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, from) : _mm512_loadu_si512(from);
     } else {
-        __m512i part[2][P];
+        vec half[2];
 #pragma GCC unroll 2
-        for (int64_t half = 0; half < 2; ++half) {
-            const int64_t left = count - half * kWidth;
-            vec r = left <= 0 ? splat(0.0f) : load_some(place(from, half * kWidth), left < kWidth ? left : kWidth);
-            if (P > 1 && sizeof(W) == 1) r = r * splat(weight.scale[o * weight.groups + k / weight.group]);
-            split(r, part[half]);
+        for (int64_t h = 0; h < 2; ++h) {
+            const int64_t left = count - h * kWidth;
+            half[h] = left <= 0 ? splat(0.0f) : load_some(place(from, h * kWidth), left < kWidth ? left : kWidth);
+            if (P > 1 && sizeof(W) == 1) half[h] = half[h] * splat(weight.scale[o * weight.groups + k / weight.group]);
         }
-        const __m512i upper = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31, 29, 27, 25, 23, 21, 19,
-                                               17, 15, 13, 11, 9, 7, 5, 3, 1);
-#pragma GCC unroll 3
-        for (int p = 0; p < P; ++p) packed[p] = _mm512_permutex2var_epi16(part[0][p], upper, part[1][p]);
+        join(half[0], half[1], packed);
     }
 }
 
@@ -109,59 +73,6 @@ static void pack_w(const Weight<W>& weight, int64_t o, int64_t O, int64_t begin,
         to += (P - 1) * 2 * kTileSize;
     }
 }
-
-// A panel of W as tiles: where it lies in memory, or packed.
-struct Left {
-    const bf16* from;
-    int64_t stride, step;  // elements between rows and between the products of a panel
-};
-
-// sums[2 t + n] = tile t of a panel of W times tile n of a panel of x, over all steps. x_tile: elements from a tile of x to the next.
-// ahead(s) fetches, step by step, what will be needed next.
-template <int PW, int PX, int N, typename F>
-static inline void products(Left w, const bf16* x, int64_t x_tile, int64_t steps, float* sums, const F& ahead) {
-    asm volatile("" ::: "memory");  // the intrinsics do not say which memory they read
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t s = 0; s < steps; ++s, x += PX * kTileSize) {
-        ahead(s);
-        for (int i = 0; i < PW; ++i, w.from += w.step) {
-            _tile_loadd(4, w.from, w.stride * 2);
-            _tile_loadd(5, w.from + w.stride * kTile, w.stride * 2);
-            for (int j = 0; j < PX && i + j < 3; ++j) {
-                _tile_loadd(6, x + j * kTileSize, 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(2, 5, 6);
-                if (N == 1) continue;
-                _tile_loadd(7, x + j * kTileSize + x_tile, 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-            }
-        }
-    }
-    _tile_stored(0, sums, 64);
-    _tile_stored(2, sums + 2 * kSums, 64);
-    if (N == 2) {
-        _tile_stored(1, sums + kSums, 64);
-        _tile_stored(3, sums + 3 * kSums, 64);
-    }
-    asm volatile("" ::: "memory");
-}
-
-struct TileShapes {
-    alignas(64) uint8_t bytes[64] = {1};  // palette 1
-
-    TileShapes() {
-        for (int t = 0; t < 8; ++t) {
-            bytes[16 + 2 * t] = 64;
-            bytes[48 + t] = kTile;
-        }
-        _tile_loadconfig(bytes);
-    }
-    ~TileShapes() { _tile_release(); }
-};
 
 // Rows m .. m + 16 and columns o .. o + 32 of the output from the sums of two tiles, times the columns' scales where there are any.
 template <typename T>

@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/linear.h"
+#include "cpu/linear_gradient.h"
 
 namespace py = pybind11;
 
@@ -46,6 +47,14 @@ void bind_linear(py::module_& m) {
             task.threads = threads;
             task.invariant = invariant;
             linear(task, reinterpret_cast<const void*>(bias), bias_type, out_rows);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "product",
+        [](int64_t M, int64_t N, int64_t K, std::uintptr_t a, int64_t a_stride, bool a_transposed, DType b_type, std::uintptr_t b,
+           int64_t b_stride, std::uintptr_t out, int64_t out_stride, bool add, int threads) {
+            product({M, N, K, reinterpret_cast<const float*>(a), a_stride, a_transposed, b_type, reinterpret_cast<const void*>(b), b_stride,
+                     reinterpret_cast<float*>(out), out_stride, add, threads});
         },
         py::call_guard<py::gil_scoped_release>());
 }
