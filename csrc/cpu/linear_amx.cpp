@@ -19,7 +19,7 @@ namespace llava_fast {
 namespace ISA {
 
 constexpr int64_t kMaxK = 1152;
-constexpr int64_t kAheadX = 1024;   // bytes
+constexpr int64_t kAheadX = 1024;  // bytes
 
 // 16 rows of x from m on, K columns from begin on: a tile for each step and part, zero past the ends.
 template <typename T>

@@ -11,7 +11,7 @@
 namespace llava_fast {
 namespace ISA {
 
-constexpr int64_t kDepth = 512;
+constexpr int64_t kDepth = 384;  // 17 panels of B in L2: the 1024 columns of a 0.5b decoder are one block for each of two threads
 constexpr int kPartsA = 3;
 
 static inline vec load_upto(const float* from, int64_t count) {
@@ -38,10 +38,13 @@ struct Product {
         end_m = rows * (share % splits + 1) / splits;
         first_n = columns * (share / splits) / column_splits;
         end_n = columns * (share / splits + 1) / column_splits;
-        const int64_t bytes = 4 * tile, room = bytes > 0 && bytes < kHeld ? kHeld / bytes : 1;
+        const int64_t room = 4 * tile > 0 && 4 * tile < kHeld ? kHeld / (4 * tile) : 1;
         blocks = ceil_div(end_n - first_n, room);
         most = blocks == 0 ? 0 : ceil_div(end_n - first_n, blocks);
     }
+
+    // In products of two panels: packing a panel takes as long as one or two of them.
+    int64_t cost() const { return (end_m - first_m) * (end_n - first_n + 2 * blocks) + end_n - first_n; }
 
     int64_t floats() const { return 4 * kSums + (depth * kPartsA * kPanel + 2 * tile * most) / 2; }
 
@@ -100,17 +103,6 @@ struct Product {
         }
     }
 
-    // What the next panel of A is packed from, its share s of `parts`.
-    void ahead(int64_t m, int64_t begin, int64_t count, int64_t s, int64_t parts) const {
-        const int64_t lines = task.a_transposed ? 2 : ceil_div(count, kWidth), rows = task.a_transposed ? count : kPanel;
-        for (int64_t line = lines * rows * s / parts; line < lines * rows * (s + 1) / parts; ++line) {
-            const int64_t row = line / lines, column = line % lines * kWidth;
-            const float* from =
-                task.a_transposed ? task.a + (begin + row) * task.a_stride + m + column : task.a + (m + row) * task.a_stride + begin + column;
-            _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T1);
-        }
-    }
-
     // The sums of four tiles to rows m .. and columns n .. of `out`.
     void write(int64_t m, int64_t n, bool add) const {
         for (int64_t i = 0; i < kPanel && m + i < task.M; ++i) {
@@ -126,7 +118,7 @@ struct Product {
 
     void block(int64_t n, int64_t panels, int64_t d) const {
         const int64_t begin = d * depth, rest = task.K - begin, count = rest < 0 ? 0 : rest < depth ? rest : depth;
-        const int64_t steps = ceil_div(count, kStep), parts = steps * panels;
+        const int64_t steps = ceil_div(count, kStep);
         pack_block(n, panels, begin, count);
         for (int64_t m = first_m; m < end_m; ++m) {
             if (task.a_transposed) {
@@ -141,7 +133,6 @@ struct Product {
                         __builtin_prefetch(to);
                         __builtin_prefetch(to + kTile);
                     }
-                    ahead((m + 1) * kPanel, begin, count, i * steps + s, parts);
                 };
                 products<kPartsA, P, 2>({left, kStep, 2 * kTileSize}, right + 2 * i * tile, tile, steps, sums, fetch);
                 write(m * kPanel, (n + i) * kPanel, task.add || d > 0);
@@ -165,12 +156,19 @@ struct Product {
 
 template <typename T>
 static void on_tiles(const ProductTask& task) {
-    // A panel of A is packed for each block of B, which costs about as much as a product of two panels.
-    const int64_t splits = splits_of_rows(ceil_div(task.M, kPanel), ceil_div(task.N, kPanel), task.threads, 1, 1);
-    int64_t floats = 0;
-    for (int64_t share = 0; share < task.threads; ++share) {
-        const int64_t needed = Product<T>(task, splits, share).floats();
-        floats = needed > floats ? needed : floats;
+    int64_t splits = 1, best = 0, floats = 0;
+    for (int64_t some = 1; some <= task.threads; ++some) {
+        if (task.threads % some) continue;
+        int64_t cost = 0, needed = 0;
+        for (int64_t share = 0; share < task.threads; ++share) {
+            const Product<T> part(task, some, share);
+            cost = part.cost() > cost ? part.cost() : cost;
+            needed = part.floats() > needed ? part.floats() : needed;
+        }
+        if (some > 1 && cost >= best) continue;
+        splits = some;
+        best = cost;
+        floats = needed;
     }
     const Scratch scratch(task.threads, floats);
 #pragma omp parallel for schedule(static) num_threads(task.threads) if (task.threads > 1)
