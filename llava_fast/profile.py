@@ -163,6 +163,7 @@ def _project_backward(args: tuple[Any, ...], out: Any) -> float:
 _OPERATIONS: dict[str, Callable[[tuple[Any, ...], Any], float]] = {
     "linear": _linear,
     "linear_into": lambda args, out: _linear(args[1:], out),
+    "linear_gradient": lambda args, out: 2.0 * args[0].numel() * args[1].shape[1],
     "varlen_attention": _attention,
     "varlen_attention_backward": _attention_backward,
     "linear_cross_entropy": _cross_entropy,
