@@ -46,6 +46,7 @@ def test_linear_cross_entropy_at_4_percent_labels(paired, limits) -> None:
     paired(*calls(), operations=6 * LABELS * D * V, limit=limits("cpu").fma_fp32_gflops * 1e9)
 
 
+@pytest.mark.usefixtures("kept_memory")  # as a training step has it
 @pytest.mark.parametrize("labels", [16, 64, 256, pytest.param(1024, marks=pytest.mark.long)])
 def test_label_rows(paired, limits, labels: int) -> None:
     vocabulary = 38_000  # a quarter: the gradients of four sides at 152,000 would be 2.5 GB

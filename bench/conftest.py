@@ -1,6 +1,6 @@
 """`pytest bench --benchmark-only`: every benchmark in turns with its baseline, the machine's limits first, ratios last.
 
---seconds S     time a benchmark may take (default 2)
+--seconds S     time a benchmark may take, five rounds in any case (default 0.7)
 --checkpoint D  a checkpoint of bench.full_size to use again
 --long          the benchmarks marked `long` alone, which the rest leave out: minutes each, some wanting 16 GB
 --record NAME   write the results to bench/results/<device>/<date>-<commit>-NAME.json
@@ -28,7 +28,7 @@ _limits = pytest.StashKey[dict[str, Limits]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("llava_fast benchmarks")
-    group.addoption("--seconds", type=float, default=2.0, help="time a benchmark may take")
+    group.addoption("--seconds", type=float, default=0.7, help="time a benchmark may take")
     group.addoption("--checkpoint", type=Path, help="a directory that bench.full_size made before, instead of a new one")
     group.addoption("--results", type=Path, default=results.RESULTS, help="where --record writes")
     group.addoption("--long", action="store_true", help="the long benchmarks, and only those")
