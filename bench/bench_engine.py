@@ -29,7 +29,7 @@ SHOWN = (
 
 
 LONG = pytest.mark.long
-KINDS = [("m4_small", 2, 1), ("long_small", 2, 1), pytest.param("m4", 2, 1, marks=LONG), pytest.param("long", 6, 2, marks=LONG)]
+KINDS = [("long_small", 2, 1), *(pytest.param(*kind, marks=LONG) for kind in (("m4_small", 2, 1), ("m4", 2, 1), ("long", 6, 2)))]
 
 
 @pytest.mark.parametrize("kind, layers, rounds", KINDS)

@@ -1,13 +1,14 @@
 """Time to the first token and peak memory on the 0.5b architecture: ours and transformers, whole processes in turns.
 
-Both load the same bf16 checkpoint of random weights, compute in fp32 (transformers with dtype=float32, its fastest on a CPU
-without bf16 units), read two photographs from disk and answer one question greedily; the row is void if the ids differ.
+Both load the same bf16 checkpoint of random weights, compute at fp32's accuracy (transformers with dtype=float32), read two photographs
+from disk and answer one question greedily; the row is void if the ids differ.
 `pytest bench/bench_first_token.py --benchmark-only --record first_token` writes the result.
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 from pathlib import Path
 
 from bench.memory import median_of, run_in_turns
@@ -29,6 +30,6 @@ def test_first_token(full_size: Path, benchmark, record_row) -> None:
         name = {"rss": "rss_bytes", "anon": "anon_bytes"}.get(key, key)
         row[f"ours_{name}"], row[f"baseline_{name}"] = median_of(ours, key), median_of(theirs, key)
         each = [median_of([b], key) / median_of([a], key) for a, b in zip(ours, theirs, strict=True)]
-        row[f"ratio_{name}"], row[f"ratios_{name}"] = sorted(each)[len(each) // 2], each
+        row[f"ratio_{name}"], row[f"ratios_{name}"] = statistics.median(each), each
     record_row(row)
     benchmark.extra_info.update(row)

@@ -80,7 +80,7 @@ def test_forward(paired, name: str, dtype: str) -> None:
     paired(lambda: ours(*arguments), sides, bytes_moved=moved * arguments[0].nbytes)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", NAMES)
 def test_backward(paired, name: str, dtype: str) -> None:
     D, ours, theirs, _, moved = CASES[name]
@@ -101,7 +101,7 @@ def test_backward(paired, name: str, dtype: str) -> None:
     paired(mine, runs, bytes_moved=moved * x.nbytes)
 
 
-@pytest.mark.parametrize("rows", [16, 128, 1024, 8192, 32768])
+@pytest.mark.parametrize("rows", [16, 1024, 32768, *(pytest.param(rows, marks=pytest.mark.long) for rows in (128, 8192))])
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu"])
 def test_rows(paired, name: str, rows: int) -> None:
     """How the time grows: a call's own cost, then that of the caches, then that of memory."""

@@ -109,7 +109,7 @@ def test_pack_rivals(paired, limits, direction: str, G: int) -> None:
     paired(ours, runs, operations=3.5 * operations(), limit=limit, rounds=3)
 
 
-@pytest.mark.parametrize("n", [128, 512, 2048, 4096])
+@pytest.mark.parametrize("n", [512, 2048, *(pytest.param(n, marks=pytest.mark.long) for n in (128, 4096))])
 def test_length(paired, limits, n: int) -> None:
     """How the time grows with the length of one causal sequence."""
     q, k, v = (torch.randn(n, H, D) for _ in range(3))

@@ -1,7 +1,7 @@
 """Whether anything got slower: `python -m bench.check FOLDER` holds new results against the committed ones of the same device.
 
 Ratios are compared, ours against the baseline of the same run, not times: these change with the machine's mood. A ratio that fell by more
-than ALLOWED fails, unless its quartiles still meet those of before.
+than ALLOWED fails, unless its quartiles still meet those of before; so does a measurement that is no longer there.
 """
 
 from __future__ import annotations
@@ -51,14 +51,27 @@ def slower(before: Mapping[Any, tuple[float, float, float]], now: Mapping[Any, t
     return lines
 
 
+def gone(committed: Path, folder: Path) -> list[str]:
+    """A line for each measurement of a committed file that the new file of that name lacks: voided, or no longer taken."""
+    before, now = names(committed), names(folder)
+    return [f"{name} of {key[1]} was not measured" for key in sorted(before.keys() & now.keys()) for name in sorted(before[key] - now[key])]
+
+
+def names(folder: Path) -> dict[tuple[str, str], set[str]]:
+    """(device, result) -> its measurements, of the newest file."""
+    files = sorted((results.load(path) for path in folder.rglob("*.json")), key=lambda result: result["date"])
+    return {(file["device"]["name"], file["name"]): {m["name"] for m in file["measurements"]} for file in files}
+
+
 def main(folder: Path, committed: Path = results.RESULTS) -> int:
     before, now = by_name(committed), by_name(folder)
-    lines = slower(before, now)
-    print("\n".join([*lines, f"{len(before.keys() & now.keys())} ratios compared, {len(lines)} fell by more than {ALLOWED:.0%}"]))
+    lines, missing = slower(before, now), gone(committed, folder)
+    compared = f"{len(before.keys() & now.keys())} ratios compared, {len(lines)} fell by more than {ALLOWED:.0%}"
+    print("\n".join([*lines, *missing, compared]))
     if not before.keys() & now.keys():
         print(f"nothing in {folder} was measured before on this device", file=sys.stderr)
         return 2
-    return 1 if lines else 0
+    return 1 if lines or missing else 0
 
 
 if __name__ == "__main__":

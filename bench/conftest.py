@@ -156,7 +156,7 @@ def record_row(limits: Callable[[str], Limits], request: pytest.FixtureRequest) 
     return keep
 
 
-def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+def pytest_terminal_summary(terminalreporter: Any, exitstatus: int, config: pytest.Config) -> None:
     rows, known = config.stash[_rows], config.stash[_limits]
     if not rows:
         return
@@ -181,8 +181,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"{row['name']:{width}} {row['ours_ms']:9.3f} {rate:>13} {share:>9} {row['baseline_ms']:12.3f}  {spread}"
         )
-    if name := config.getoption("--record"):
+    if (name := config.getoption("--record")) and exitstatus != pytest.ExitCode.INTERRUPTED:
         settings = {option: config.getoption("--" + option) for option in ("seconds", "long")}
+        settings["complete"] = exitstatus == pytest.ExitCode.OK
         for device, limits in known.items():
             measured = [row for row in rows if row["device"] == device]
             path = results.write(name, measured, settings, limits, config.getoption("--results"))

@@ -1,7 +1,8 @@
 """One process of the loading benchmark: `python -m bench.loading SIDE CHECKPOINT` loads and prints JSON.
 
-Sides: llava_fast (bf16 as it is in the file, as transformers), llava_fast int8 and int4 (narrowed while loading), transformers int8 (fp32,
-then torch's own quantisation, which keeps the embedding table and the tower in fp32).
+Sides: llava_fast (bf16 as it is in the file, read and laid out), llava_fast int8 and int4 (narrowed while loading), transformers fp32
+(answers as ours does), transformers bf16 (the file mapped into memory, nothing read yet), transformers int8 (fp32, then torch's own
+quantisation, which keeps the embedding table and the tower in fp32).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from bench.memory import peak_in_process, status
 
-SIDES = ("llava_fast", "llava_fast int8", "llava_fast int4", "transformers", "transformers int8")
+SIDES = ("llava_fast", "llava_fast int8", "llava_fast int4", "transformers fp32", "transformers bf16", "transformers int8")
 
 
 def loaded(side: str, checkpoint: str) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def loaded(side: str, checkpoint: str) -> dict[str, Any]:
         if library == "llava_fast":
             model: Any = load(checkpoint, device="cpu", quantise=kind or None)
         else:
-            model = inference.dynamic_int8(inference.load(checkpoint)) if kind else inference.load(checkpoint, torch.bfloat16)
+            model = inference.load(checkpoint, torch.bfloat16 if kind == "bf16" else torch.float32)
+            model = inference.dynamic_int8(model) if kind == "int8" else model
         took = time.perf_counter() - start
     after = status()["RssAnon"]
     del model

@@ -40,10 +40,11 @@ def page(known: Mapping[str, Mapping[str, Result]]) -> str:
     parts = [
         "# What was measured",
         "Rendered by `make report` from the files in [bench/results/](../bench/results/), the newest of each name. Ratios are against the "
-        "strongest baseline of the row, above 1 where llava_fast is better, medians of runs in turns; the share is of the limit that the "
-        "same run measured first.",
-        "Sides that give another answer (bf16, where the rest is fp32) are listed with their error and do not count for a ratio. vLLM and SGLang: "
-        "`python -m bench.baselines.servers` sends a running server the requests of the serving suite at the same times, and writes the same rows.",
+        "strongest baseline of the row that gives the same answer, above 1 where llava_fast is better, medians of runs in turns; the share "
+        "is of the limit that the same run measured first. Sides that give another answer (bf16, where the rest is fp32) are listed beside "
+        "the others and do not count for a ratio; neither does OpenVINO, where it is installed. vLLM and SGLang: "
+        "`python -m bench.baselines.servers` sends a running server the requests of the serving suite at the same times, and writes the "
+        "same rows.",
         *goals.section(known),
     ]
     for kind in ("cpu", "cuda"):

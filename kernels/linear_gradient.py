@@ -1,7 +1,8 @@
 """out = A B for the backward pass of linear, in the accuracy of fp32: the gradient of x is dy W, that of W is dy^T x.
 
 On AMX both go through tiles of bf16, each number in up to three parts, as the forward product does (kernels/linear.py), at more than
-the rate of fp32 multiply-adds; an infinity may come out as NaN. On every other machine torch's BLAS is as fast as ours would be.
+the rate of fp32 multiply-adds. An infinity on either side may come out as NaN, and of a number below 1e-33 the last parts are lost. On
+every other machine torch's BLAS is as fast as ours would be.
 Gradients of first order only.
 """
 

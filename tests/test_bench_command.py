@@ -60,7 +60,8 @@ def test_missing_goes_on_where_a_run_stopped(ran: list[list[str]], tmp_path: Pat
     results.write("rowwise", [], {}, LIMITS, tmp_path)
     assert command.measured(tmp_path) == set(), "a tree with changes has no results"
     monkeypatch.setattr(results, "tree", lambda: {"commit": "abc", "dirty": False})
-    assert command.measured(tmp_path) == {"model"}
+    results.write("linear", [], {"complete": False}, LIMITS, tmp_path)
+    assert command.measured(tmp_path) == {"model"}, "one that failed in part is measured again"
     command.main(["model", "rowwise", "--missing", "--results", str(tmp_path)])
     assert ["bench/bench_rowwise.py" in arguments for arguments in ran] == [True]
 

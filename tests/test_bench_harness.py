@@ -118,7 +118,7 @@ sys.exit(pytest.main([*arguments, "--seconds", "0.01", "--record", "order", {str
     (file,) = (tmp_path / "results").rglob("*.json")
     result = results.load(file)
     row, several = result["measurements"]
-    assert result["settings"] == {"seconds": 0.01, "long": False} and row["rounds"] == 5
+    assert result["settings"] == {"seconds": 0.01, "long": False, "complete": True} and row["rounds"] == 5
     assert [row[key] for key in ("ours_ms", "baseline_ms", "ratio", "ratio_low", "ratio_high")] == pytest.approx([2, 6, 3, 3, 3])
     assert row["gbs"] == pytest.approx(1)
     assert row["of_limit"] == pytest.approx(row["gbs"] / result["limits"]["copy_gbs"])

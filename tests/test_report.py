@@ -185,6 +185,10 @@ def test_ratios_that_fell(tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     assert "b, ms: 2.00x before, 1.80x now (-10%) on A machine" in said and "once, s: 3.00x before, 2.00x now (-33%)" in said
     assert "5 ratios compared, 2 fell by more than 7%" in said
+    assert "gone of model was not measured" in said
     assert check.main(tmp_path / "before", tmp_path / "before") == 0
+    write(tmp_path / "fewer", "model", before[1:])
+    assert check.main(tmp_path / "fewer", tmp_path / "before") == 1, "a row that is void is no pass"
+    assert capsys.readouterr().out.splitlines()[-2:] == ["a of model was not measured", "6 ratios compared, 0 fell by more than 7%"]
     write(tmp_path / "other", "model", [timed("nobody", 1.0)])
     assert check.main(tmp_path / "other", tmp_path / "before") == 2

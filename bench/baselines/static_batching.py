@@ -34,7 +34,7 @@ class Clock(BaseStreamer):
 
 
 def load(checkpoint: str | Path) -> tuple[LlavaForConditionalGeneration, Any]:
-    """In fp32, which is its fastest on a CPU without bf16 units, and its processor."""
+    """In fp32, for answers at its accuracy, as ours are; and its processor."""
     keep_freed_memory()  # as loading does on our side: without it a step faults in its copy of the cache, page by page
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32, attn_implementation="sdpa").eval()
     return model, AutoProcessor.from_pretrained(checkpoint, padding_side="left")

@@ -116,7 +116,8 @@ void attention_forward(AttentionTask task, const AttentionIndex& index) {
             few_partial.push_back(place);
         } else {
             const int64_t count = (n + most - 1) / most, size = ((n + count - 1) / count + 47) / 48 * 48;
-            const int64_t fit = adjacent ? std::clamp<int64_t>(kMaxLanes / size, 1, share) : 1, parts = (task.G + fit - 1) / fit;
+            const int64_t fit = adjacent ? std::clamp<int64_t>(kMaxLanes / size, 1, share) : 1, threads = std::max(task.threads, 1);
+            const int64_t parts = ((task.G + fit - 1) / fit + threads - 1) / threads * threads;  // none is left over at the end
             const int64_t heads = (task.G + parts - 1) / parts;
             for (int64_t first = 0; first < n; first += size) {
                 const int64_t last = std::min(first + size, n);

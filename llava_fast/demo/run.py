@@ -37,7 +37,8 @@ def run(out: Path, seed: int = 0, scale: float = 1.0) -> int:
             figures = kept["stages"]
         else:  # other data, or other code of the demo's: its stages are not this one's
             console.print(f"{folder} holds another version's stages: they are made anew", markup=False, highlight=False, soft_wrap=True)
-            shutil.rmtree(folder)
+            for name in ("data", "fresh", *(stage.name for stage in STAGES)):
+                shutil.rmtree(folder / name, ignore_errors=True)
     held_out = questions(scaled(HELD_OUT, scale), seed, "held out")
     for number, stage in enumerate(STAGES):
         title = f"stage {number + 1} of {len(STAGES)}, {stage.name}: {stage.what}"
