@@ -94,7 +94,7 @@ def _row(line: Line, m: Mapping[str, Any] | None) -> str:
 
 def rival(m: Mapping[str, Any]) -> str:
     """Which baseline, where a measurement has several."""
-    return f", {m['baseline'].removeprefix('transformers').strip()}" if len(m.get("sides", ())) > 2 else ""
+    return f", {m['baseline'].removeprefix('transformers').strip(' ,')}" if len(m.get("sides", ())) > 2 else ""
 
 
 def times(ratio: float) -> str:
