@@ -126,7 +126,7 @@ def demo_table(result: Result | None) -> str:
         return mean if mean == least else f"{mean} ({least})"
 
     agree, compared = (sum(row[f"{key}_with_transformers"] for row in rows) for key in ("agree", "compared"))
-    where = f"{result['device']['threads']} cores of the same machine, mean of {len(rows)} seeds (the least)"
+    where = f"{result['device']['threads']} cores of the same machine, mean of {len(rows)} seed{'s' * (len(rows) > 1)} (the least)"
     lines = [f"| `make demo` on {where} | before | after |", "|---|---|---|"]
     lines += [f"| {what} | {', '.join(map(share, before))} | {', '.join(map(share, after))} |" for what, before, after in DEMO]
     lines += [f"| un-pooled answers that agree with transformers token for token | | {agree:,} of {compared:,} |"]
