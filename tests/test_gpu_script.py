@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import gpu, results
 from bench.cases import CASES, Case
@@ -32,6 +34,24 @@ def test_a_case_calls_its_op(case: Case) -> None:
     """A name of an argument that the op no longer has would otherwise show on a GPU, as a row without a figure."""
     with registry.use(**{case.op: "reference"}), torch.no_grad():
         case.run(**case.inputs("cpu", torch.float32, True, 0))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_wrong_answer_is_not_timed(backward: bool) -> None:
+    """Sequences that see each other, as SDPA over the whole pack has them; and another shape."""
+    case = next(case for case in CASES if case.name == "attention d64 causal 4x4096")
+
+    def one_sequence(q: Tensor, k: Tensor, v: Tensor, cu: Tensor) -> Tensor:
+        return case.baselines["sdpa"](q, k, v, cu[[0, -1]])
+
+    baselines = {
+        "sdpa": case.baselines["sdpa"],
+        "one sequence": one_sequence,
+        "half": lambda **inputs: case.baselines["sdpa"](**inputs)[1:],
+    }
+    row = gpu.measure(dataclasses.replace(case, baselines=baselines), MACHINE, True, backward)
+    assert "sdpa_ms" in row and row["one sequence_void"] > gpu.BOUND and "one sequence_ms" not in row
+    assert "half_ms" not in row and row["baseline_ms"] == row["sdpa_ms"]
 
 
 @pytest.mark.slow

@@ -59,7 +59,8 @@ def test_values(M: int, N: int, K: int, a_transposed: bool, dtype: torch.dtype) 
 @pytest.mark.parametrize("a_transposed", [False, True])
 def test_magnitudes(a_transposed: bool) -> None:
     """Numbers of sixty binary orders in a sum, of which each must keep its own 24 bits."""
-    A, b = make(40, 200) * 2.0 ** torch.randint(-30, 30, (40, 1)), make(200, 50) * 2.0 ** torch.randint(-30, 30, (1, 50))
+    rows, columns = (torch.randint(-30, 30, shape, generator=torch.Generator().manual_seed(2)) for shape in ((40, 1), (1, 50)))
+    A, b = make(40, 200) * 2.0**rows, make(200, 50) * 2.0**columns
     ours, theirs, truth = product(A.t() if a_transposed else A, b, a_transposed), A @ b, A.double() @ b.double()
     scale = A.double().abs() @ b.double().abs()
     assert ((ours - truth).abs() / scale).max() <= 2 * ((theirs - truth).abs() / scale).max() + 2**-22
@@ -87,12 +88,13 @@ def test_layouts() -> None:
     assert torch.equal(product(a, wide[:, 3:50], True), product(a, wide[:, 3:50].contiguous(), True))
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize(("x_wanted", "weight_wanted"), [(True, True), (True, False), (False, True)])
-def test_gradients_of_linear(x_wanted: bool, weight_wanted: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+FROZEN = [("int8", True, False)]  # quantised weights have no gradient
+TRAINED = [(kind, *wanted) for kind in ("float32", "bfloat16") for wanted in ((True, True), (True, False), (False, True))]
+
+
+@pytest.mark.parametrize(("kind", "x_wanted", "weight_wanted"), FROZEN + TRAINED)
+def test_gradients_of_linear(kind: str, x_wanted: bool, weight_wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each within twice torch's error, in a product of its own, and none for what is frozen."""
-    if kind == "int8" and weight_wanted:
-        pytest.skip("quantised weights are frozen")
     calls = []
     launch = linear_gradient.product_into
     monkeypatch.setattr(linear_gradient, "product_into", lambda *args: (calls.append(args[3]), launch(*args)))
@@ -161,3 +163,12 @@ def test_opcheck_and_compile() -> None:
     theirs = torch.autograd.grad((x @ weight.t()).square().sum(), (x, weight))
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-4)
+
+
+@needs_amx
+def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LEAST counts multiply-adds: 3 x 4 x 5 of them are 60."""
+    a, b = make(3, 4), make(4, 5)
+    for least, ours in ((60, True), (61, False)):
+        monkeypatch.setattr(linear_gradient, "LEAST", least)
+        assert served(a, b, "cpu") is ours

@@ -76,7 +76,7 @@ def serve(
         now = time.perf_counter()
         waiting = [i for i in due if due[i] <= now]
         if not waiting:
-            time.sleep(max(min(due.values()) - now, 0))
+            time.sleep(min(due.values()) - now)
             continue
         batch = choose(waiting, lengths, at_most)
         answers, times = run([asked[i] for i in batch])
