@@ -10,6 +10,8 @@ import math
 import mmap
 import os
 import sys
+import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -22,6 +24,9 @@ KEPT = 1 << 30  # bytes of freed memory that stay with the process
 LARGE_PAGE = 2 << 20
 MADV_POPULATE_WRITE = 23  # linux/mman.h, since 5.14
 LARGEST_ON_HEAP = 32 << 20  # the most that glibc takes
+# Maps of `empty` whose tensors are gone, the last freed at the end; None outside `kept_memory`. Two: the gradient of a table that is made
+# anew with every row of a step, and the sum that they are added to.
+_spares: deque[mmap.mmap] | None = None
 
 
 def keep_freed_memory() -> bool:
@@ -40,11 +45,15 @@ def kept_memory() -> Iterator[bool]:
     `keep_freed_memory` has it. Gives whether it was done.
 
     A training step makes and frees gigabytes of such: one of 2,407 tokens of the 0.5b architecture took 27 s inside and 31 outside, an
-    activation of 54 MB 6 ms and 33 (2026-11, two cores), in the same memory.
+    activation of 54 MB 6 ms and 33 (2026-11, two cores), in the same memory. What `empty` maps is kept too, the last two.
     """
+    global _spares
+    done = _mallopt({M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0})
     try:
-        yield _mallopt({M_TRIM_THRESHOLD: -1, M_MMAP_MAX: 0})
+        _spares = deque(maxlen=2) if done else None
+        yield done
     finally:
+        _spares = None
         _mallopt({M_TRIM_THRESHOLD: KEPT, M_MMAP_THRESHOLD: LARGEST_ON_HEAP, M_MMAP_MAX: MAPS})
 
 
@@ -61,17 +70,47 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     """torch.empty, in pages of 2 MiB where it fills some and the system gives them to who asks (Linux, "madvise").
 
     A matrix-vector product over 311 MB of bf16 reads 20.5 GB/s from large pages and 17.2 from small ones, a sum over fp32 26.2 and 17.7
-    (2026-11, two cores).
+    (2026-11, two cores). Inside `kept_memory` it is the memory of a tensor of that many bytes that is gone, where there was one: new pages
+    of 622 MB take 80 to 1,600 ms, the most on a virtual machine that has given them back to its host.
     """
     size = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or size < 2 * LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
+    pages = _spare(size) or _map(size)
+    lent = (ctypes.c_char * size).from_buffer(pages)  # lives as long as the tensor's storage: mmap itself says nothing when it is let go
+    weakref.finalize(lent, _let_go, pages).atexit = False
+    return torch.frombuffer(lent, dtype=torch.uint8).view(dtype).view(shape)
+
+
+def _map(size: int) -> mmap.mmap:
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     try:
         pages.madvise(mmap.MADV_HUGEPAGE)
     except OSError:  # a kernel without them
         pass
-    return torch.frombuffer(pages, dtype=torch.uint8).view(dtype).view(shape)
+    return pages
+
+
+def _spare(size: int) -> mmap.mmap | None:
+    spares = _spares
+    if spares is None:
+        return None
+    for _ in range(len(spares)):
+        try:
+            pages = spares.popleft()
+        except IndexError:  # taken by another thread
+            return None
+        if len(pages) == size:
+            return pages
+        spares.append(pages)
+    return None
+
+
+def _let_go(pages: mmap.mmap) -> None:
+    """Wherever the last reference goes, inside `_spare` too: hence single operations on the queue, and no lock."""
+    spares = _spares
+    if spares is not None:
+        spares.append(pages)
 
 
 def populate(part: Tensor) -> bool:

@@ -28,6 +28,46 @@ assert 24 << 20 < held() - before < 48 << 20, held() - before
 assert (buffer[3] == 7).all() and (buffer[2] == 0).all()
 """
 
+KEPT = """
+import torch
+from llava_fast import memory
+from llava_fast.memory import kept_memory
+
+def made(megabytes):
+    return memory.empty((megabytes << 18,), torch.float32, torch.device("cpu"))
+
+def held():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon:")) // 1024
+
+with kept_memory():
+    table = made(64).fill_(1)
+    before, place = held(), table.data_ptr()
+    view = table[1:].detach().view(torch.int32)
+    del table
+    other = made(64)  # of the first a view is alive
+    assert other.data_ptr() != place and held() == before
+    del view
+    assert made(32).data_ptr() != place  # of another size
+    again = made(64)
+    assert again.data_ptr() == place and (again == 1).all()
+    del again, other
+    for size in (64, 65, 66, 67):
+        made(size).fill_(1)  # two of them are kept
+    assert 120 < held() - before + 64 < 150, held() - before
+assert held() - before + 64 < 20, held() - before
+first = made(64).fill_(1)
+place = held()
+del first
+assert place - held() > 60
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of other systems is their own")
+def test_tables_take_the_memory_of_those_that_are_gone() -> None:
+    done = subprocess.run([sys.executable, "-c", KEPT], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
 
 @pytest.mark.skipif(not memory.populate(torch.zeros(1)), reason="before Linux 5.14 there is no MADV_POPULATE_WRITE")
 def test_populate_takes_pages_and_leaves_what_they_hold() -> None:
