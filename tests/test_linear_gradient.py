@@ -16,8 +16,9 @@ from llava_fast.kernels.linear_gradient import multiply, product, product_into, 
 
 AMX = "amx" in _cpu.supported_isas()
 needs_amx = pytest.mark.skipif(not AMX, reason="the machine has no AMX")
-# M, N, K: single numbers, odd ends everywhere, several depths, several blocks of columns
+# M, N, K: single numbers, odd ends everywhere, several depths, several blocks of columns, results written around the caches (and not)
 SHAPES = [(1, 1, 1), (33, 17, 5), (32, 32, 32), (70, 100, 1030), (100, 65, 31), (64, 900, 513), (7, 64, 0)]
+SHAPES += [(4100, 1024, 40), (4100, 1024, 390), (4200, 1001, 9)]
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_values(M: int, N: int, K: int, a_transposed: bool, dtype: torch.dtype) 
     truth, theirs = A.double() @ b.double(), A @ b.float()
     ours = product(a, b, a_transposed)
     close(ours, theirs, truth)
-    total = torch.ones(M, N + 3)[:, :N]  # rows with a stride
+    total = torch.ones(M, N + 16)[:, :N]  # rows with a stride
     product_into(total, a, b, a_transposed, add=True)
     close(total, theirs + 1, truth + 1)
 

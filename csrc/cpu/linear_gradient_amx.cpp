@@ -13,6 +13,8 @@ namespace ISA {
 
 constexpr int64_t kDepth = 384;  // 17 panels of B in L2: the 1024 columns of a 0.5b decoder are one block for each of two threads
 constexpr int kPartsA = 3;
+constexpr int64_t kAheadB = 8;        // rows of B that are fetched before they are packed
+constexpr int64_t kAround = 1 << 22;  // numbers of `out`, more than a cache would keep
 
 static inline vec load_upto(const float* from, int64_t count) {
     return count <= 0 ? splat(0.0f) : load_some(from, count < kWidth ? count : kWidth);
@@ -25,6 +27,7 @@ struct Product {
     const int64_t depths, depth, tile;       // tile: elements of a tile of B in all steps and parts
     int64_t first_m, end_m, first_n, end_n;  // this thread's panels
     int64_t blocks, most;                    // blocks of B, and panels of the largest
+    const bool around;                       // whether `out` is written around the caches, whole lines once
     float* sums = nullptr;
     bf16 *left = nullptr, *right = nullptr;
 
@@ -32,7 +35,9 @@ struct Product {
         : task(task),
           depths(task.K > kDepth ? ceil_div(task.K, kDepth) : 1),
           depth(ceil_div(ceil_div(task.K, depths), kStep) * kStep),
-          tile(depth * kTile * P) {
+          tile(depth * kTile * P),
+          around(!task.add && depths == 1 && task.N % kTile == 0 && task.out_stride % kTile == 0 && task.M * task.N >= kAround &&
+                 reinterpret_cast<uintptr_t>(task.out) % 64 == 0) {
         const int64_t rows = ceil_div(task.M, kPanel), columns = ceil_div(task.N, kPanel), column_splits = task.threads / splits;
         first_m = rows * (share % splits) / splits;
         end_m = rows * (share % splits + 1) / splits;
@@ -97,6 +102,8 @@ struct Product {
             for (int64_t j = 0; j < 2 * panels; ++j) {
                 const int64_t column = n * kPanel + j * kTile, some = task.N - column < kWidth ? task.N - column : kWidth;
                 const vec zero = splat(0.0f);
+                __builtin_prefetch(first + column + kAheadB * task.b_stride);
+                __builtin_prefetch(second + column + kAheadB * task.b_stride);
                 pair<P>(k < count && some > 0 ? load_some(first + column, some) : zero,
                         k + 1 < count && some > 0 ? load_some(second + column, some) : zero, to + j * tile);
             }
@@ -111,7 +118,11 @@ struct Product {
                 if (some <= 0) continue;
                 float* to = task.out + (m + i) * task.out_stride + n + h * kTile;
                 const vec sum = load(sums + (i / kTile * 2 + h) * kSums + i % kTile * kTile);
-                store_some(to, add ? load_some(to, some) + sum : sum, some);
+                if (around) {
+                    _mm512_stream_ps(to, sum);
+                } else {
+                    store_some(to, add ? load_some(to, some) + sum : sum, some);
+                }
             }
         }
     }
@@ -128,6 +139,7 @@ struct Product {
             }
             for (int64_t i = 0; i < panels; ++i) {
                 const auto fetch = [&](int64_t s) {
+                    if (around) return;
                     for (int64_t row = kPanel * s / steps; row < kPanel * (s + 1) / steps; ++row) {
                         const float* to = task.out + (m * kPanel + row) * task.out_stride + (n + i) * kPanel;
                         __builtin_prefetch(to);
@@ -151,6 +163,7 @@ struct Product {
             const int64_t n = first_n + (end_n - first_n) * b / blocks, end = first_n + (end_n - first_n) * (b + 1) / blocks;
             for (int64_t d = 0; d < depths; ++d) block(n, end - n, d);
         }
+        _mm_sfence();  // what went around the caches
     }
 };
 
