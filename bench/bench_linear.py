@@ -2,9 +2,9 @@
 compiled with its weights frozen, which lays them out for oneDNN; over rows.
 
 One to eight rows: the limit is reading the weights once, so the share is of the read bandwidth. Each round walks through copies of the
-weight that together pass the caches, as the layers of a model do. Many rows: the limit is the rate of fp32 multiply-adds of AVX-512.
-On a machine with AMX the share passes 100 %: one product at fp32's accuracy is three products of bf16 tiles (W in bf16, and int8 with
-one scale a row), five (fp16) or six (fp32, int4), and a tile does 14 times the multiply-adds of AVX-512 in the same time.
+weight that together pass the caches (bench/cold.py), as the layers of a model do. Many rows: the limit is the rate of fp32 multiply-adds
+of AVX-512. On a machine with AMX the share passes 100 %: one product at fp32's accuracy is three products of bf16 tiles (W in bf16, and
+int8 with one scale a row), five (fp16) or six (fp32, int4), and a tile does 14 times the multiply-adds of AVX-512 in the same time.
 LLAVA_FAST_ISA=avx512 shows the path without it.
 """
 
@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.baselines.kernels import check_agree, frozen_linear
+from bench.cold import copies_for
 from llava_fast.kernels.linear import Quantised, linear, quantise
 
-COLD_BYTES = 256 << 20  # past the last-level cache of most machines
 FEW = [(1, 1024, 152000), (1, 1024, 3072), (1, 1024, 1024), (1, 1024, 5632), (1, 2816, 1024), (8, 1024, 5632)]
 MANY = [(729, 1152, 4304), (729, 4304, 1152), (729, 1152, 1152), (2916, 1152, 3456), (729, 592, 1152)]
 MANY += [(1500, 1024, 3072), (1500, 1024, 5632), (1500, 2816, 1024)]
@@ -55,8 +55,8 @@ LONG = {("int8", shape) for shape in MANY[2:]} | {("int4", shape) for shape in M
 def test_few_rows(paired, M: int, I: int, O: int, kind: str) -> None:
     x, weight = torch.randn(M, I), torch.randn(O, I)
     made, size = stored(weight, kind)
-    # fp32 copies for the baseline are four or more times as large: as many of each as the smaller ones need to pass the caches.
-    copies = max(1, min(COLD_BYTES // size, (2 << 30) // weight.nbytes))
+    # The baseline's are four or more times as large: as many of each as the narrow ones need to pass the caches, or 2 GB of fp32.
+    copies = max(1, min(copies_for(size), (2 << 30) // weight.nbytes))
     ours = [copy_of(made) for _ in range(copies)]
     baseline = [widened(made).clone() for _ in range(copies)]
     with torch.no_grad():
@@ -64,7 +64,8 @@ def test_few_rows(paired, M: int, I: int, O: int, kind: str) -> None:
         paired(
             lambda: [linear(x, w) for w in ours],
             lambda: [F.linear(x, w) for w in baseline],
-            bytes_read=copies * size,
+            bytes_read=size,
+            calls=copies,
         )
 
 

@@ -1,16 +1,15 @@
 """The parts of an answer on the 0.5b architecture: the tower over its batch, a prefill over its length, a token over context and batch.
 
 Against transformers (eager, SDPA, bf16 where the CPU multiplies it, a static cache compiled, int8) and OpenVINO where it is installed.
-A ratio is against the fastest of transformers' sides that give the same answer to 1e-4; `ratios` has every side's, `errors` how far each is
-off, and `void` those that are further off than their dtype explains, which are not timed. The limit of the tower and of the prefill is the
-rate of fp32 multiply-adds (ours makes fp32 products of bf16 weights on AMX, and can pass it); that of a token is the bandwidth
-at which memory is read: every weight of the decoder and the head once, and the keys and values of the context.
+A ratio is against the fastest of transformers' sides that give the same answer to 1e-4; `sides` has the others' times, `errors` how far
+each is off, and `void` those that are further off than their dtype explains, which are not timed. The limit of the tower and of the
+prefill is the rate of fp32 multiply-adds (ours makes fp32 products of bf16 weights on AMX, and can pass it); that of a token is the
+bandwidth at which memory is read: every weight of the decoder and the head once, and the keys and values of the context.
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,12 @@ from torch import Tensor
 
 from bench.baselines import inference, openvino
 from bench.full_size import relative_error
-from bench.paired import OURS, Paired, row_of_sides
+from bench.paired import OURS
 from bench.sides import SAME, SDPA, Call, Sides, compare
 from llava_fast import load
 from llava_fast.engine.runner import Runner
 from llava_fast.engine.stats import weight_bytes
 from llava_fast.kernels import registry
-from llava_fast.limits import seconds
 from llava_fast.models.decoder import KVCache
 from llava_fast.models.llava import Llava
 
@@ -36,52 +34,17 @@ SECONDS = 5.0  # of a race; one that takes longer has two rounds
 
 
 @pytest.fixture
-def race(benchmark: Any, record_row: Any, limits: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
-    """race(sides, operations=... | bytes_read=..., names={name: (axis, at)}): answers compared with transformers', then all
-    timed in turns, two rounds at least and twelve at most; recorded under each of `names`, as a point of that curve, or
-    under the test's own. own_bound: what ours may be off. any_answer: narrower sides count for the ratio. Further keywords are facts."""
+def race(paired: Any, limits: Any) -> Callable[..., None]:
+    """race(sides, operations=... | bytes_read=..., names=...): answers compared with transformers', then `paired`, within SECONDS or two
+    rounds. own_bound: what ours may be off. any_answer: narrower sides count for the ratio. Further keywords are `paired`'s."""
 
-    def run(
-        sides: Sides,
-        *,
-        operations: float | None = None,
-        bytes_read: float | None = None,
-        names: Mapping[str, tuple[str, float] | None] | None = None,
-        own_bound: float = SAME,
-        any_answer: bool = False,
-        **facts: Any,
-    ) -> None:
-        calls, facts["errors"], void = compare(sides, own_bound)
-        facts |= {"void": void} if void else {}
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        rivals = [name for name in calls if name != OURS]
-
-        def others() -> None:
-            for name in rivals:
-                times[name].append(seconds(calls[name]))
-
-        others()  # one round to know how many fit
-        times[OURS].append(seconds(calls[OURS]))
-        spent = sum(each[0] for each in times.values())
-        more = max(1, min(11, int(SECONDS / spent)))
-        benchmark.pedantic(lambda: times[OURS].append(seconds(calls[OURS])), setup=others, rounds=more)
-
-        medians = {name: {"ms": statistics.median(measured) * 1e3} for name, measured in times.items()}
-        row = row_of_sides(request.node.name, {name: medians[name] for name in (medians if any_answer else sides.same)}, "ms", **facts)
-        del row["ratio_ms"]  # of the medians; the ratio is the median of the rounds' own
-        row |= Paired(tuple(times[OURS]), tuple(times[row["baseline"]])).summary()
-        row["sides"] = medians
-        row["ratios"] = {name: medians[name]["ms"] / medians[OURS]["ms"] for name in rivals}
-        machine = limits("cpu")
-        if operations is not None:
-            row["gflops"] = operations / row["ours_ms"] / 1e6
-            row["of_limit"] = row["gflops"] / machine.fma_fp32_gflops
-        if bytes_read is not None:
-            row["gbs"] = bytes_read / row["ours_ms"] / 1e6
-            row["of_limit"] = row["gbs"] / machine.read_gbs
-        benchmark.extra_info.update(row)
-        for name, place in (names or {request.node.name: None}).items():
-            record_row({**row, "name": name} | ({} if place is None else {"axis": place[0], "at": place[1]}))
+    def run(sides: Sides, *, own_bound: float = SAME, any_answer: bool = False, **named: Any) -> None:
+        calls, errors, void = compare(sides, own_bound)
+        ours = calls.pop(OURS)
+        named |= {"errors": errors, **({"void": void} if void else {})}
+        among = [name for name in calls if any_answer or name in sides.same]
+        limit = limits("cpu").fma_fp32_gflops * 1e9
+        paired(ours, calls, among=among, limit=limit, rounds=2, budget=SECONDS, warm=True, **named)
 
     return run
 
@@ -103,8 +66,9 @@ def ours(full_size: Path) -> Llava:
 
 
 @pytest.fixture(scope="module")
-def openvino_tower(theirs: Any) -> Iterator[Any]:
-    yield openvino.tower_graph(theirs) if openvino.available() else None
+def openvino_tower(theirs: Any) -> Any:
+    """None without OpenVINO."""
+    return openvino.tower_graph(theirs) if openvino.available() else None
 
 
 @pytest.fixture(scope="module")

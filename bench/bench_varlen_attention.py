@@ -4,15 +4,12 @@ The pack is the first 8 samples of bench/workloads/m4_mix.jsonl, a view being 19
 baseline is what a model without packing does: the same rows padded to the longest sample, is_causal=True. The ratio holds both the
 padding, a factor of 4.9 in operations, and the kernels. test_pack_rivals holds them against what packs without it: a call a sample, one
 call with a mask, FlexAttention. Operations are those of the pairs that are seen; the limit is the multiply-add rate. Decoding reads the
-cache: the limit is the read bandwidth; rounds walk through caches that together pass the last-level cache.
+cache: the limit is the read bandwidth; calls walk round caches that together pass those of the processor (bench/cold.py).
 """
 
 from __future__ import annotations
 
-import itertools
-import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,16 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.baselines.kernels import check_agree, flex_packed, packed_mask, sdpa_by_sample, sdpa_masked
+from bench.cold import copied, copies_for, ring
+from bench.workload import records
 from llava_fast.kernels.varlen_attention import varlen_attention
 
-WORKLOAD = Path(__file__).parent / "workloads" / "m4_mix.jsonl"
-COLD_BYTES = 256 << 20
 H, D = 16, 64
 
 
 def pack_lengths() -> list[int]:
-    records = [json.loads(line) for line in WORKLOAD.read_text().splitlines()[:8]]
-    return [196 * record["views"] + sum(sum(turn) for turn in record["turns"]) for record in records]
+    return [196 * record["views"] + sum(sum(turn) for turn in record["turns"]) for record in records(8)]
 
 
 def pack_calls(G: int) -> tuple[Callable[[], Tensor], Callable[[], Tensor], list[Tensor], list[Tensor]]:
@@ -144,13 +140,12 @@ def test_decode(paired, heads: tuple[int, int], dtype: str) -> None:
     n, (Hq, G) = 1500, heads
     stored = getattr(torch, dtype)
     bytes_read = 2 * n * G * D * stored.itemsize
-    caches = [(torch.randn(n, G, D).to(stored), torch.randn(n, G, D).to(stored)) for _ in range(COLD_BYTES // bytes_read + 1)]
+    keys_and_values = torch.randn(n, G, D).to(stored), torch.randn(n, G, D).to(stored)
     q = torch.randn(1, Hq, D)
     cu_q, cu_k = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32)
     narrow = q.to(stored)[None].transpose(1, 2)
-    layers, others = itertools.cycle(caches), itertools.cycle(caches)
 
-    def one(k: Tensor, v: Tensor) -> Tensor:
+    def ours(k: Tensor, v: Tensor) -> Tensor:
         return varlen_attention(q, k, v, cu_q, cu_k)
 
     def theirs(k: Tensor, v: Tensor) -> Tensor:
@@ -158,7 +153,6 @@ def test_decode(paired, heads: tuple[int, int], dtype: str) -> None:
         return F.scaled_dot_product_attention(narrow, k, v, enable_gqa=G != Hq)
 
     with torch.no_grad():
-        check_agree(lambda: one(*caches[0]), {"SDPA": lambda: theirs(*caches[0])[0].transpose(0, 1)})
-        paired(
-            lambda: [one(*next(layers)) for _ in range(24)], lambda: [theirs(*next(others)) for _ in range(24)], bytes_read=24 * bytes_read
-        )
+        check_agree(lambda: ours(*keys_and_values), {"SDPA": lambda: theirs(*keys_and_values)[0].transpose(0, 1)})
+        around = ring(copied(keys_and_values, copies_for(bytes_read)))
+        paired(around(ours, 24), around(theirs, 24), bytes_read=bytes_read, calls=24)

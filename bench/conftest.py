@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ import pytest
 
 from bench import results
 from bench.full_size import make_full_size
-from bench.paired import OURS, Paired, rounds_for, row_of_sides
+from bench.paired import OURS, Paired, in_turns, of_limits, row_of_sides, row_of_times
 from llava_fast import memory
-from llava_fast.limits import Limits, describe, probe, seconds
+from llava_fast.limits import Limits, describe, probe
 
 _rows = pytest.StashKey[list[dict[str, Any]]]()
 _limits = pytest.StashKey[dict[str, Limits]]()
@@ -81,10 +80,11 @@ def limits(request: pytest.FixtureRequest) -> Callable[[str], Limits]:
 def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.FixtureRequest) -> Callable[..., Paired]:
     """paired(ours, baseline, device='cpu', bytes_moved=... | bytes_read=... | operations=..., limit=...) times both in turns.
 
-    baseline is a function, or several by name: then the ratio is against the fastest, and the row has `sides`. pytest-benchmark times
-    `ours`; each round is preceded by one of each baseline, five rounds or `rounds` at the least. bytes_moved and operations of one call of
-    ours give its rate and the share of the limit: copy bandwidth for bytes moved, read bandwidth for bytes_read, or `limit` operations a
-    second. axis='rows', at=4096: a point of a curve. Further keywords are facts that go into the row.
+    baseline is a function, or several by name: then the ratio is against the fastest (of those `among`), and the row has `sides`.
+    pytest-benchmark times `ours`; each round is preceded by one of each baseline, five rounds or `rounds` at the least, `budget` seconds
+    or --seconds; calls and warm: bench.paired.in_turns. Bytes and operations of one call of ours give its rate and the share of the limit:
+    bench.paired.of_limits. axis='rows', at=4096: a point of a curve; names={'other': ('rows', 4096), 'third': None}: recorded under each of
+    these names in place of the test's own. Further keywords are facts that go into the row.
     """
 
     def run(
@@ -96,37 +96,27 @@ def paired(benchmark: Any, limits: Callable[[str], Limits], request: pytest.Fixt
         bytes_read: float | None = None,
         operations: float | None = None,
         limit: float | None = None,
-        axis: str | None = None,
-        at: float | None = None,
         rounds: int = 5,
-        **facts: Any,
+        budget: float | None = None,
+        calls: int | Mapping[str, int] = 1,
+        warm: bool = False,
+        names: Mapping[str, tuple[str, float] | None] | None = None,
+        **named: Any,
     ) -> Paired:
         machine = limits(device)
-        baselines = dict(baseline) if isinstance(baseline, Mapping) else {"baseline": baseline}
-        times: dict[str, list[float]] = {name: [] for name in (OURS, *baselines)}
-        count = rounds_for(ours, *baselines.values(), budget=request.config.getoption("--seconds"), device=device, least=rounds)
-
-        def rivals() -> None:
-            for name, rival in baselines.items():
-                times[name].append(seconds(rival, device))
-
-        benchmark.pedantic(lambda: times[OURS].append(seconds(ours, device)), setup=rivals, rounds=count)
-        sides = {name: {"ms": statistics.median(measured) * 1e3} for name, measured in times.items()}
-        row = row_of_sides(request.node.name, sides, "ms", device=device, axis=axis, at=at, **facts)
-        del row["ratio_ms"]  # of the medians; the ratio is the median of the rounds' own
-        if not isinstance(baseline, Mapping):
+        several = isinstance(baseline, Mapping)
+        sides = {OURS: ours, **(baseline if isinstance(baseline, Mapping) else {"baseline": baseline})}
+        budget = request.config.getoption("--seconds") if budget is None else budget
+        times = in_turns(sides, benchmark.pedantic, budget=budget, least=rounds, device=device, calls=calls, warm=warm)
+        row = row_of_times(request.node.name, times, device=device, **named)
+        pairs = Paired(tuple(times[OURS]), tuple(times[row["baseline"]]))
+        if not several:
             del row["sides"], row["baseline"]
-        pairs = Paired(tuple(times[OURS]), tuple(times[row.get("baseline", "baseline")]))
-        row |= pairs.summary()
-        for moved, best in ((bytes_moved, machine.copy_gbs), (bytes_read, machine.read_gbs)):
-            if moved is not None:
-                row["gbs"] = moved / row["ours_ms"] / 1e6
-                row["of_limit"] = row["gbs"] / best
-        if operations is not None and limit is not None:
-            row["gflops"] = operations / row["ours_ms"] / 1e6
-            row["of_limit"] = row["gflops"] * 1e9 / limit
+        work = {"bytes_moved": bytes_moved, "bytes_read": bytes_read, "operations": operations, "limit": limit}
+        row |= of_limits(row["ours_ms"], machine, **work)
         benchmark.extra_info.update(row)
-        request.config.stash[_rows].append(row)
+        for name, place in (names or {row["name"]: None}).items():
+            request.config.stash[_rows].append({**row, "name": name} | (dict(zip(("axis", "at"), place, strict=True)) if place else {}))
         return pairs
 
     return run

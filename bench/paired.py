@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llava_fast.limits import seconds
+from llava_fast.limits import Limits, seconds
 
 OURS = "llava_fast"
 
@@ -36,12 +36,76 @@ class Paired:
         }
 
 
-def rounds_for(ours: Callable[[], object], *baselines: Callable[[], object], budget: float, device: str, least: int = 5) -> int:
-    """Rounds that fit `budget` seconds, `least` to 100; warms all functions up."""
-    each = [ours, *baselines]
-    for run in each:
+def in_turns(
+    sides: Mapping[str, Callable[[], object]],
+    repeat: Callable[..., object],
+    *,
+    budget: float,
+    least: int,
+    device: str = "cpu",
+    calls: int | Mapping[str, int] = 1,
+    warm: bool = False,
+) -> dict[str, list[float]]:
+    """Seconds of each side's rounds, ours last in each: `least` (2 or more) to 100, as many as fit `budget` seconds.
+
+    A side is a function that makes `calls` calls, or as many as `calls` has of it: the seconds are of one. warm: all ran before. The first
+    round tells how many fit; repeat(ours, setup=rivals, rounds=n) runs the others (pytest-benchmark's `pedantic`).
+    """
+    if OURS not in sides or least < 2:
+        raise ValueError(f"expected {OURS!r} among the sides and 2 rounds at the least, got {list(sides)} and {least}")
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    each = {name: calls if isinstance(calls, int) else calls[name] for name in sides}
+
+    def ours() -> None:
+        times[OURS].append(seconds(sides[OURS], device) / each[OURS])
+
+    def rivals() -> None:
+        for name, rival in sides.items():
+            if name != OURS:
+                times[name].append(seconds(rival, device) / each[name])
+
+    for run in () if warm else sides.values():
         run()
-    return max(least, min(100, int(budget / sum(seconds(run, device) for run in each))))
+    rivals()
+    ours()
+    fit = int(budget / sum(each[name] * took for name, (took,) in times.items()))
+    repeat(ours, setup=rivals, rounds=max(least, min(100, fit)) - 1)
+    return times
+
+
+def row_of_times(name: str, times: Mapping[str, Sequence[float]], among: Sequence[str] = (), **named: Any) -> dict[str, Any]:
+    """A measurement of what `in_turns` timed: `row_of_sides` at 'ms', with the ratio and its quartiles taken round by round.
+
+    among: the baselines that count for the ratio, all if there are none.
+    """
+    medians = {side: {"ms": statistics.median(each) * 1e3} for side, each in times.items()}
+    row = row_of_sides(name, {side: medians[side] for side in (OURS, *(among or [side for side in times if side != OURS]))}, "ms", **named)
+    del row["ratio_ms"]  # of the medians
+    return {**row, "sides": medians, **Paired(tuple(times[OURS]), tuple(times[row["baseline"]])).summary()}
+
+
+def of_limits(
+    ms: float,
+    machine: Limits,
+    *,
+    bytes_moved: float | None = None,
+    bytes_read: float | None = None,
+    operations: float | None = None,
+    limit: float | None = None,
+) -> dict[str, float]:
+    """The rate of a call of `ms`, and its share of the machine's limit: how much of its time is the least that it could take.
+
+    bytes_moved: at the bandwidth of a copy.  bytes_read: at that of reading; with bytes_moved those of them that are read, and the slower
+    of the two counts.  operations: at `limit` operations a second.
+    """
+    found: dict[str, float] = {}
+    if (moved := bytes_moved or bytes_read) is not None:
+        least = max((bytes_moved or 0.0) / machine.copy_gbs, (bytes_read or 0.0) / machine.read_gbs) / 1e6
+        found |= {"gbs": moved / ms / 1e6, "of_limit": least / ms}
+    if operations is not None and limit is not None:
+        found["gflops"] = operations / ms / 1e6
+        found["of_limit"] = found["gflops"] * 1e9 / limit
+    return found
 
 
 def strongest(sides: Mapping[str, Mapping[str, float]], by: str) -> str:

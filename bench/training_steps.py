@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bench.workload import WORKLOAD
 from llava_fast.batch import IGNORE
 from llava_fast.memory import kept_memory
 
 PATCHES, SIZE = 729, 384
-WORKLOAD = Path(__file__).parent / "workloads" / "m4_mix.jsonl"
 Shape = tuple[int, int, int]  # views, tokens of text, labels of a sample
 # The last two are the rows of the issue of padding: 2,407 tokens in 3 samples, 5,523 in 4.
 ROWS: dict[str, list[Shape]] = {

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llava_fast.engine.stats import percentile
-
 WORKLOAD = Path(__file__).parent / "workloads" / "m4_mix.jsonl"
 SCENARIOS = ("text", "single-image", "multi-image", "video", "3d")
 WORDS = "what is in the pictures and what do they have in common answer a sentence two".split()
@@ -91,6 +89,8 @@ def arrivals(rate: float, count: int, seed: int = 0) -> list[float]:
 
 def figures(served: Served) -> dict[str, float]:
     """One side of a measurement."""
+    from llava_fast.engine.stats import percentile  # 100 MB with all that it imports, in processes whose memory is measured
+
     return {
         "first_token_p50_s": percentile(served.first, 50),
         "first_token_p95_s": percentile(served.first, 95),

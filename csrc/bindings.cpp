@@ -30,6 +30,12 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("fma_rate", &fma_rate, "fp32 operations a second of the arithmetic units", py::arg("threads"),
           py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "copy_past_caches",
+        [](std::uintptr_t to, std::uintptr_t from, int64_t bytes, int threads) {
+            copy_past_caches(pointer<void>(to), pointer<const void>(from), bytes, threads);
+        },
+        "Copy, written around the caches", py::call_guard<py::gil_scoped_release>());
 
     // With more threads alive than cores, libgomp's wait for work asleep, 20 us each time: a second caller's team has to replace the
     // first's.

@@ -2,8 +2,9 @@
 
 `llava-fast bench profile -m MODEL`. Every op that dispatches is timed alone, between two looks at the clock (on a GPU between two
 synchronisations, so that what overlaps in truth is added up here: shares mean more than sums). An op's limit is the larger of two times:
-its bytes at the bandwidth of the machine, its operations at the machine's rate of fp32 multiply-adds (on a GPU of its bf16 products):
-products of bf16 and int8 weights on a CPU with tiles for them (AMX) pass that, with more than 100 %, as do bytes that are in a cache.
+its bytes at the bandwidth of the machine (products and attention read them, what else there is copies), its operations at the machine's
+rate of fp32 multiply-adds (on a GPU of its bf16 products): products of bf16 and int8 weights on a CPU with tiles for them (AMX) pass
+that, with more than 100 %, as do bytes that are in a cache.
 """
 
 from __future__ import annotations
@@ -186,10 +187,11 @@ def clock(name: str, run: Callable[[], object], device: torch.device, limits: Li
         whole.append(time.perf_counter() - start)
     with registry.visible(), Clock(device) as timed:
         run()
-    bandwidth, rate = max(limits.read_gbs, limits.copy_gbs) * 1e9, (limits.fma_fp32_gflops or limits.gemm_bf16_gflops) * 1e9
+    rate = (limits.fma_fp32_gflops or limits.gemm_bf16_gflops) * 1e9
     ops = []
     for op, calls in timed.calls.items():
         seconds, moved, operations = (sum(column) for column in zip(*calls, strict=True))
+        bandwidth = (limits.read_gbs if operations else limits.copy_gbs) * 1e9
         by = {"memory": sum(call[1] / bandwidth for call in calls), "arithmetic": sum(call[2] / rate for call in calls)}
         limit = sum(max(call[1] / bandwidth, call[2] / rate) for call in calls)
         ops.append(

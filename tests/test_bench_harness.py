@@ -8,14 +8,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from bench import memory, paired, results
-from llava_fast import limits
+from bench import cold, memory, paired, results
+from llava_fast import _cpu, limits
 
 ROOT = Path(__file__).parent.parent
 MIB = 1 << 20
@@ -47,12 +48,88 @@ def test_ratio_is_taken_pair_by_pair() -> None:
     assert (spread["ratio_low"], spread["ratio"], spread["ratio_high"]) == (2, 3, 4)
 
 
-@pytest.mark.parametrize(("budget", "expected"), [(0.0, 5), (1e9, 100)])
-def test_rounds_are_bounded(budget: float, expected: int) -> None:
+@pytest.mark.parametrize(("budget", "warm", "expected"), [(0.0, False, 5), (0.75, True, 7), (1e9, True, 100)])
+def test_turns_fit_their_budget(budget: float, warm: bool, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two calls in 30 ms and four in 70: 0.1 s a round."""
     calls: list[str] = []
-    runs = [lambda: calls.append("a"), lambda: calls.append("b")]
-    assert paired.rounds_for(*runs, budget=budget, device="cpu") == expected
-    assert calls == ["a", "b"] * 2
+
+    def repeat(ours: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            ours()
+
+    monkeypatch.setattr(paired, "seconds", lambda run, device: run() or {"a": 0.07, "b": 0.03}[calls[-1]])
+    sides = {"b": lambda: calls.append("b"), "llava_fast": lambda: calls.append("a")}
+    times = paired.in_turns(sides, repeat, budget=budget, least=5, calls={"b": 2, "llava_fast": 4}, warm=warm)
+    assert calls == ["b", "a"] * (expected + (not warm))
+    assert times == {"b": [0.03 / 2] * expected, "llava_fast": [0.07 / 4] * expected}
+
+
+@pytest.mark.parametrize(("sides", "least"), [({"a": print}, 5), ({"llava_fast": print, "a": print}, 1)])
+def test_turns_without_us_or_of_one_round_are_refused(sides: dict, least: int) -> None:
+    with pytest.raises(ValueError, match="expected 'llava_fast' among the sides and 2 rounds at the least"):
+        paired.in_turns(sides, print, budget=1.0, least=least)
+
+
+def test_a_row_of_times_counts_those_that_answer_alike() -> None:
+    times = {"narrow": [1.0, 1.0, 1.0], "exact": [4.0, 8.0, 6.0], "llava_fast": [2.0, 2.0, 1.0]}
+    row = paired.row_of_times("step", times, ["exact"], layers=4)
+    assert (row["baseline"], row["ratio"], row["ratio_low"], row["layers"]) == ("exact", 4, 3, 4) and "ratio_ms" not in row
+    assert row["sides"] == {"narrow": {"ms": 1000}, "exact": {"ms": 6000}, "llava_fast": {"ms": 2000}}
+    assert paired.row_of_times("step", times)["baseline"] == "narrow"
+
+
+def test_shares_of_the_limits() -> None:
+    machine = limits.Limits("cpu", 2, read_gbs=20.0, copy_gbs=30.0, gemm_fp32_gflops=1.0, gemm_bf16_gflops=1.0, fma_fp32_gflops=1.0)
+    assert paired.of_limits(2.0, machine, bytes_moved=30e6) == pytest.approx({"gbs": 15, "of_limit": 0.5})
+    assert paired.of_limits(2.0, machine, bytes_read=30e6) == pytest.approx({"gbs": 15, "of_limit": 0.75})
+    both = paired.of_limits(2.0, machine, bytes_moved=30e6, bytes_read=24e6)
+    assert both == pytest.approx({"gbs": 15, "of_limit": 0.6}), "24 MB at 20 GB/s take longer than 30 MB at 30"
+    assert paired.of_limits(2.0, machine, operations=1e6, limit=1e9) == pytest.approx({"gflops": 0.5, "of_limit": 0.5})
+    assert paired.of_limits(2.0, machine) == {}
+
+
+def test_a_ring_hands_out_what_was_used_longest_ago() -> None:
+    """All its functions go on where the last one stopped, and an output stays until its call is made again."""
+    used: list[tuple[str, float]] = []
+    sets = cold.copied([torch.zeros(1).requires_grad_(), "shared"], 3)
+    assert len({x.data_ptr() for x, _ in sets}) == 3 and all(x.requires_grad and shared == "shared" for x, shared in sets)
+    around = cold.ring([(torch.full((1,), float(i)),) for i in range(3)])
+
+    def run(side: str) -> Callable[[torch.Tensor], object]:
+        return lambda x: used.append((side, float(x))) or Output()
+
+    class Output:
+        alive = 0
+
+        def __init__(self) -> None:
+            Output.alive += 1
+
+        def __del__(self) -> None:
+            Output.alive -= 1
+
+    one, two = around(run("one"), 2), around(run("two"))
+    one()
+    two()
+    one()
+    assert used == [("one", 0), ("one", 1), ("two", 2), ("two", 0), ("two", 1), ("one", 2), ("one", 0)]
+    assert Output.alive == 5, "of the last two calls and three"
+    assert cold.copies_for(cold.CPU_BYTES / 8 + 1) == 8 and cold.copies_for(4 * cold.CPU_BYTES) == 2
+
+
+def test_gradients_of_a_ring() -> None:
+    sets = cold.copied([torch.arange(3.0).requires_grad_(), torch.ones(3)], 2)
+    backward = cold.gradients(lambda x, y: x * x * y, sets, [[torch.full((3,), 1.0)], [torch.full((3,), 2.0)]])
+    for _ in range(2):
+        assert [backward(i)[0].tolist() for i in range(2)] == [[0, 2, 4], [0, 4, 8]]
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 4095, 4096 * 5 + 64 * 3 + 7])
+def test_copy_past_caches(size: int) -> None:
+    source, target = torch.randint(256, (size + 64,), dtype=torch.uint8), torch.zeros(size + 64, dtype=torch.uint8)
+    assert source.data_ptr() % 64 == target.data_ptr() % 64 == 0
+    _cpu.copy_past_caches(target.data_ptr(), source.data_ptr(), size, 2)
+    assert torch.equal(target[:size], source[:size]) and not target[size:].any()
 
 
 def test_a_row_of_sides_is_against_the_strongest() -> None:
@@ -92,12 +169,15 @@ def test_order(paired, limits, benchmark, monkeypatch):
         now[0] += seconds
     pairs = paired(lambda: spend("a", 0.002), lambda: spend("b", 0.006), bytes_moved=2e6)
     assert len(pairs.ours) == len(pairs.baseline) == 5
-    assert calls == ["a", "b"] * 2 + ["b", "a"] * 5  # warm-up, calibration, then turns
+    assert calls == ["a", "b"] + ["b", "a"] * 5  # warm-up, then turns, of which the first tells how many fit
     assert benchmark.extra_info["ratio"] == sorted(pairs.ratios)[2]
-    assert benchmark.stats.stats.rounds == 5
+    assert benchmark.stats.stats.rounds == 4
     benchmark._mode = None  # a second measurement of one test
-    paired(lambda: spend("a", 0.002), {"slow": lambda: spend("b", 0.02), "quick": lambda: spend("c", 0.01)}, axis="rows", at=7, rounds=6)
-    assert calls[14:] == ["a", "b", "c"] * 2 + ["b", "c", "a"] * 6
+    sides = {"slow": lambda: spend("b", 0.02), "quick": lambda: spend("c", 0.01)}
+    paired(lambda: spend("a", 0.002), sides, axis="rows", at=7, rounds=6)
+    assert calls[12:] == ["a", "b", "c"] + ["b", "c", "a"] * 6
+    benchmark._mode = None
+    paired(lambda: spend("a", 0.002), sides, among=["slow"], names={"one": ("rows", 8), "two": None}, warm=True, budget=0.0)
 
 @pytest.mark.long
 def test_long(paired):
@@ -117,13 +197,14 @@ sys.exit(pytest.main([*arguments, "--seconds", "0.01", "--record", "order", {str
     assert "limits of this cpu" in run.stdout and "test_order" in run.stdout
     (file,) = (tmp_path / "results").rglob("*.json")
     result = results.load(file)
-    row, several = result["measurements"]
+    row, several, one, two = result["measurements"]
     assert result["settings"] == {"seconds": 0.01, "long": False, "complete": True} and row["rounds"] == 5
     assert [row[key] for key in ("ours_ms", "baseline_ms", "ratio", "ratio_low", "ratio_high")] == pytest.approx([2, 6, 3, 3, 3])
     assert row["gbs"] == pytest.approx(1)
     assert row["of_limit"] == pytest.approx(row["gbs"] / result["limits"]["copy_gbs"])
     assert several["baseline"] == "quick" and several["ratio"] == pytest.approx(5) and (several["axis"], several["at"]) == ("rows", 7)
     assert {side: values["ms"] for side, values in several["sides"].items()} == pytest.approx({"llava_fast": 2, "slow": 20, "quick": 10})
+    assert (one["name"], one["at"], two["name"], one["baseline"], one["rounds"]) == ("one", 8, "two", "slow", 5) and "at" not in two
     assert "sides" not in row and "1 deselected" in run.stdout
 
 

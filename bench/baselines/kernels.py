@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,7 +28,7 @@ def check_agree(ours: Callable[[], Any], baselines: Mapping[str, Callable[[], An
         assert len(found) == len(expected), f"{name} gives {len(found)} tensors, ours {len(expected)}"
         for i, (one, two) in enumerate(zip(expected, found, strict=True)):
             assert one.shape == two.shape, f"{name}, tensor {i}: shape {tuple(two.shape)}, ours {tuple(one.shape)}"
-            error = float((one.double() - two.double()).abs().max() / two.double().abs().max().clamp_min(1e-30))
+            error = float((one - two).abs().max()) / max(float(two.abs().max()), 1e-30)
             bound = max(TOLERANCE.get(one.dtype, 0.0), TOLERANCE.get(two.dtype, 0.0))  # whole numbers are equal
             assert error <= bound, f"{name}, tensor {i}: off by {error:.2e} of its largest value, at most {bound:.2e} expected"
 
@@ -40,6 +39,8 @@ def _tensors(result: Any) -> Sequence[Tensor]:
 
 def frozen_linear(weight: Tensor, x: Tensor) -> Callable[[Tensor], Tensor]:
     """x W^T under torch.compile, which may lay out a weight that will not change as its library likes best. Under torch.no_grad alone."""
+    import torch._inductor.config as inductor_config  # 40 MB, which the processes that take chunked_loss alone do without
+
     module = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).eval()
     module.weight = torch.nn.Parameter(weight, requires_grad=False)
     compiled = inductor(module)
@@ -93,7 +94,7 @@ def flex_packed(lengths: Sequence[int], causal: bool = True) -> Callable[[Tensor
 
 
 def label_rows_loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(F.linear(hidden, weight), labels)
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 256) -> Tensor:
@@ -101,7 +102,7 @@ def chunked_loss(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 25
     from torch.utils.checkpoint import checkpoint
 
     def part(hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(F.linear(hidden, weight), labels, reduction="sum")
+        return F.cross_entropy(F.linear(hidden, weight).float(), labels, reduction="sum")
 
     parts = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     return torch.stack([checkpoint(part, *each, use_reentrant=False) for each in parts]).sum() / len(labels)

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from bench.baselines import kernels
 from llava_fast.batch import IGNORE
 
 Samples = list[tuple[Tensor, Tensor]]  # ids and labels [T] of each
@@ -61,13 +60,7 @@ def label_rows_batch(rows: Samples, pixels: Tensor | None) -> dict[str, Any]:
 
 def label_rows_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     hidden = model.model(**batch["model"], use_cache=False).last_hidden_state.flatten(0, 1)[batch["label_rows"]]
-
-    def chunk(hidden: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model.lm_head(hidden).float(), labels, reduction="sum")
-
-    parts = zip(hidden.split(CHUNK), batch["labels"].split(CHUNK), strict=True)
-    losses = [checkpoint(chunk, *part, use_reentrant=False) for part in parts]
-    return torch.stack(losses).sum() / len(batch["labels"])
+    return kernels.chunked_loss(hidden, model.lm_head.weight, batch["labels"], CHUNK)
 
 
 def padding_free_batch(rows: Samples, pixels: Tensor | None) -> dict[str, Any]:
@@ -85,7 +78,7 @@ def padding_free_batch(rows: Samples, pixels: Tensor | None) -> dict[str, Any]:
 
 def padding_free_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     hidden = model.model(**batch["model"], use_cache=False).last_hidden_state[0]
-    return F.cross_entropy(model.lm_head(hidden[batch["label_rows"]]).float(), batch["labels"])
+    return kernels.label_rows_loss(hidden[batch["label_rows"]], model.lm_head.weight, batch["labels"])
 
 
 def compile_layers(model: Any) -> None:

@@ -1,7 +1,12 @@
 #include "cpu/probe.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstring>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #include "cpu/isa.h"
 
@@ -25,6 +30,38 @@ double fma_rate(int threads) {
         seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     }
     return std::isfinite(total) ? operations / seconds : 0.0;
+}
+
+void copy_past_caches(void* to, const void* from, int64_t bytes, int threads) {
+    constexpr int64_t kBlock = 4096;
+    char* out = static_cast<char*>(to);
+    const char* in = static_cast<const char*>(from);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (int64_t first = 0; first < bytes; first += kBlock) {
+            const int64_t n = std::min(kBlock, bytes - first);
+            int64_t i = 0;
+#if defined(__SSE2__)
+            constexpr int64_t kAhead = 2048;  // as rows.h has it
+            alignas(64) char block[kBlock];
+            for (int64_t line = 0; line + 64 <= n; line += 64) {
+                __builtin_prefetch(in + first + line + kAhead);
+                std::memcpy(block + line, in + first + line, 64);
+            }
+            for (; i + 64 <= n; i += 64) {
+                for (int64_t j = i; j < i + 64; j += 16) {
+                    const __m128i part = _mm_load_si128(reinterpret_cast<const __m128i*>(block + j));
+                    _mm_stream_si128(reinterpret_cast<__m128i*>(out + first + j), part);
+                }
+            }
+#endif
+            std::memcpy(out + first + i, in + first + i, static_cast<size_t>(n - i));
+        }
+#if defined(__SSE2__)
+        _mm_sfence();
+#endif
+    }
 }
 
 }  // namespace llava_fast

@@ -1,4 +1,4 @@
-// The multiply-add rate that the arithmetic units reach with no memory in the way: a limit that benchmarks quote.
+// Limits that benchmarks quote: the multiply-add rate that the arithmetic units reach with no memory in the way, and a copy.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,10 @@ namespace llava_fast {
 
 // fp32 operations a second (two a multiply-add) on `threads` threads in the instruction set in use; takes some 20 ms.
 double fma_rate(int threads);
+
+// Written around the caches as the kernels write their outputs: a line that is to be written whole need not be read first, and a copy that
+// reads it, as torch's does, moves three bytes for two. Both begin with a line of 64 bytes.
+void copy_past_caches(void* to, const void* from, int64_t bytes, int threads);
 
 // Does rounds * 12 multiply-adds on vectors of the returned width and leaves their sum in *out, so that none is optimised away.
 int fma_rounds_portable(int64_t rounds, float* out);
