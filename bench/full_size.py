@@ -5,7 +5,6 @@ Architecture as in the released config.json: SigLIP so400m (26 layers, 27 x 27 p
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -57,23 +56,24 @@ def config_05b(image_token_id: int, tower_layers: int = 26, decoder_layers: int 
     )
 
 
-def make_full_size(directory: Path, seed: int = 0, tower_layers: int = 26, decoder_layers: int = 24) -> Path:
-    """Write the checkpoint in bf16, or one of fewer layers of the same widths.
+@torch.no_grad()
+def fill_random(model: torch.nn.Module, seed: int = 0) -> None:
+    """Matrices are N(0, 1 / inputs), so that activations keep their size through the depth; norms about 1, biases about 0. Drawn where the
+    model is: billions of numbers take a CPU half a minute."""
+    generators: dict[torch.device, torch.Generator] = {}
+    for name, p in model.named_parameters():
+        draw = generators.setdefault(p.device, torch.Generator(p.device).manual_seed(seed))
+        made = torch.empty(p.shape, device=p.device).normal_(std=0.02 if p.ndim == 1 else p[0].numel() ** -0.5, generator=draw)
+        p.copy_(made + 1 if p.ndim == 1 and "norm" in name and name.endswith("weight") else made)
 
-    Matrices are N(0, 1 / inputs), so that activations keep their size through the depth.
-    """
+
+def make_full_size(directory: Path, seed: int = 0, tower_layers: int = 26, decoder_layers: int = 24) -> Path:
+    """Write the checkpoint in bf16, or one of fewer layers of the same widths."""
     tokenizer = train_tokenizer(TEXTS)
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config_05b(tokenizer.convert_tokens_to_ids("<image>"), tower_layers, decoder_layers))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if p.ndim == 1:
-                p.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-                p.add_(torch.empty(p.shape).normal_(std=0.02, generator=generator))
-            else:
-                p.copy_(torch.empty(p.shape).normal_(std=1 / math.sqrt(p[0].numel()), generator=generator))
+    fill_random(model, seed)
     model.tie_weights()
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(directory)

@@ -8,15 +8,18 @@ Stages, the most valuable first, each in a process of its own with a time limit,
     model        the 0.5b architecture with random weights: tower, prefill, decode; ours, then transformers with each attention and compiled
     training     a step of it on one row of 16,000 tokens, against a padding-free loop by hand
 
-After each measurement the stage's file under $OUT (else bench/results/<device>/) is written anew: what the clock cuts off is lost, what
-was measured is not. Times are medians, of CUDA graphs of calls that rotate through copies of their inputs, so that nothing is found in
-L2; of single calls between events where a graph cannot be captured. --dry-run does the same on the CPU at small shapes, with the
-reference in the kernels' place and one repetition: it checks this script, and its figures mean nothing.
+Nothing is timed whose answer is another than our pure torch ops': such a row is `void`. What raises becomes a row that says so, and the
+stage goes on; where a process dies, or its device answers no more (a kernel that read past its memory), another one takes the stage up
+behind what killed it. After each measurement the stage's file under $OUT (else bench/results/<device>/) is written anew: what the clock
+cuts off is lost, what was measured is not. Times are medians, of CUDA graphs of calls that rotate through copies of their inputs, so that
+nothing is found in L2; of single calls between events where a graph cannot be captured. --dry-run does the same on the CPU at small
+shapes, with the reference in the kernels' place and one repetition: it checks this script, and its figures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -24,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,11 @@ STAGES = {"build": 150, "correctness": 120, "kernels": 145, "model": 65, "traini
 BOUND = 2**-5  # relative error in norm of a baseline in bf16, past which it computes something else
 COLD = 256 << 20  # bytes to rotate through: five times the L2 of an H200
 
+RESTART = 15  # seconds below which a stage is not taken up again: a process needs ten to begin
+LOST = 70  # exit code of a stage's process whose device answers no more
+
 Row = dict[str, Any]
+Part = tuple[str, Callable[[], Iterable[Row]]]  # of a stage: its name, and its rows
 
 
 # --- timing ----------------------------------------------------------------------------------------------------------------------
@@ -118,9 +125,18 @@ def answers(out: Any) -> list[torch.Tensor]:
 
 
 def off(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> float:
-    """The largest relative error in norm; of those that both have: a baseline of a norm may give less."""
+    """The largest relative error in norm; of those that both have: a baseline of a norm may give less. inf where one is NaN."""
     pairs = zip(found, expected, strict=False)
-    return max((relative_error(a.float(), b.float()) if a.shape == b.shape else math.inf for a, b in pairs), default=0.0)
+    errors = [relative_error(a.float(), b.float()) if a.shape == b.shape else math.inf for a, b in pairs]
+    return max((math.inf if math.isnan(error) else error for error in errors), default=0.0)
+
+
+def told(error: BaseException, most: int = 500) -> str:
+    return f"{type(error).__name__}: {error}"[:most]
+
+
+def title(case: Case, backward: bool) -> str:
+    return case.name + " forward and backward" * backward
 
 
 def measure(case: Case, machine: limits.Limits, dry: bool, backward: bool) -> Row:
@@ -129,12 +145,7 @@ def measure(case: Case, machine: limits.Limits, dry: bool, backward: bool) -> Ro
 
     device, dtype = machine.device, torch.bfloat16
     inputs = copies_of(case, device, dtype, dry)
-    row: Row = {
-        "name": case.name + (" forward and backward" if backward else ""),
-        "op": case.op,
-        "dtype": "bfloat16",
-        "copies": len(inputs),
-    }
+    row: Row = {"name": title(case, backward), "op": case.op, "dtype": "bfloat16", "copies": len(inputs)}
     contenders: dict[str, Callable[..., Any]] = {}
     for name in registry._ops[case.op]:
         contenders[f"ours {name}"] = case.run
@@ -146,14 +157,19 @@ def measure(case: Case, machine: limits.Limits, dry: bool, backward: bool) -> Ro
         expected = answers(steps(case, case.run, inputs[:1], backward)(0))
     for name, function in contenders.items():
         try:
-            if not name.startswith("ours ") and (error := off(answers(steps(case, function, inputs[:1], backward)(0)), expected)) > BOUND:
-                row[f"{name}_void"] = error
-                continue
             with registry.use(**{case.op: name.removeprefix("ours ")} if name.startswith("ours ") else {}):
+                if (error := off(answers(steps(case, function, inputs[:1], backward)(0)), expected)) > BOUND:
+                    row[f"{name}_void"] = error
+                    if name.startswith("ours "):
+                        row |= {"ok": False, "told": f"{name} is off by {error:.3g}"}
+                    continue
                 times[name], how = timed(steps(case, function, inputs, backward), len(inputs), device)
             row |= {f"{name}_ms": times[name], f"{name}_timed_by": how}
         except Exception as error:  # any: a baseline that is absent or refuses the shape, an implementation for another device
-            row[f"{name}_absent"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            row[f"{name}_absent"] = told(error, 200).splitlines()[0]
+            if lost(device):
+                row |= {"ok": False, "told": f"{name} took the device along: {told(error)}"}
+                break
     operations, moved = case.work(**inputs[0])
     best = min((ms for name, ms in times.items() if name.startswith("ours ")), default=None)
     rivals = [ms for name, ms in times.items() if not name.startswith("ours ")]
@@ -172,81 +188,138 @@ def measure(case: Case, machine: limits.Limits, dry: bool, backward: bool) -> Ro
     return row
 
 
-# --- stages: each yields rows -----------------------------------------------------------------------------------------------------
+# --- stages: each yields its parts ------------------------------------------------------------------------------------------------
 
 
-def build(machine: limits.Limits, dry: bool) -> Iterator[Row]:
+def build(machine: limits.Limits, dry: bool) -> Iterator[Part]:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "-e", str(ROOT)]
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", "pass"] if dry else command, capture_output=True, text=True)
-    yield {"name": "build", "seconds": time.perf_counter() - start, "ok": done.returncode == 0, "told": done.stderr[-2000:]}
+
+    def install() -> Iterator[Row]:
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", "pass"] if dry else command, capture_output=True, text=True)
+        yield {"name": "build", "seconds": time.perf_counter() - start, "ok": done.returncode == 0, "told": done.stderr[-2000:]}
+
+    yield "build", install
 
 
-def correctness(machine: limits.Limits, dry: bool) -> Iterator[Row]:
+def correctness(machine: limits.Limits, dry: bool) -> Iterator[Part]:
     from bench.correctness import check
     from llava_fast.kernels import registry
 
     implementation = "reference" if dry else "triton"
+
+    def checked(case: Case, name: str, dtype: torch.dtype) -> Iterator[Row]:
+        errors = check(case, machine.device, dtype, implementation, small=dry)
+        yield {"name": name, "op": case.op, "ok": True, "error_of_bound": max(errors.values())}
+
     # bf16 of everything first.
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for case in CASES:
-            if dtype not in case.dtypes or implementation not in registry._ops.get(case.op, ()):
-                continue
-            row: Row = {"name": f"{case.name} {str(dtype)[6:]}", "op": case.op}
-            try:
-                errors = check(case, machine.device, dtype, implementation, small=dry)
-                yield {**row, "ok": True, "error_of_bound": max(errors.values())}
-            except Exception as error:  # any: the next case may be fine
-                yield {**row, "ok": False, "told": f"{type(error).__name__}: {error}"[:500]}
-            if machine.device == "cuda":
-                torch.cuda.empty_cache()
+            if dtype in case.dtypes and implementation in registry._ops.get(case.op, ()):
+                name = f"{case.name} {str(dtype)[6:]}"
+                yield name, functools.partial(checked, case, name, dtype)
 
 
-def kernels(machine: limits.Limits, dry: bool) -> Iterator[Row]:
+def kernels(machine: limits.Limits, dry: bool) -> Iterator[Part]:
     from llava_fast.kernels import registry
 
-    timed_cases = [case for case in CASES if case.times and case.op in registry._ops]
     # Both directions of the first, worthiest cases before the forward pass of the last.
-    for case in timed_cases:
-        yield measure(case, machine, dry, backward=False)
-        if case.grads:
-            yield measure(case, machine, dry, backward=True)
+    for case in CASES:
+        for backward in (False, True) if case.times and case.op in registry._ops else ():
+            if case.grads or not backward:
+                yield title(case, backward), lambda case=case, backward=backward: [measure(case, machine, dry, backward)]
 
 
-def model(machine: limits.Limits, dry: bool) -> Iterator[Row]:
-    """The reference ops, then every op's Triton kernels, then transformers."""
-    from bench.whole_model import measure_model, measure_transformers
+def model(machine: limits.Limits, dry: bool) -> Iterator[Part]:
+    """The reference ops, then every op's Triton kernels, then transformers; what compiles comes last, for it may take what is left."""
+    from bench import whole_model
     from llava_fast.kernels import registry
+
+    def choice(name: str) -> dict[str, str]:
+        return {op: name for op, known in registry._ops.items() if name in known}
+
+    @functools.cache
+    def setup() -> Any:
+        return whole_model.setup(machine.device, dry)
+
+    @functools.cache
+    def truth() -> dict[str, torch.Tensor]:
+        with registry.use(**choice("reference")):
+            return whole_model.answers(setup())
+
+    @functools.cache
+    def theirs() -> Any:
+        return whole_model.transformers_like(setup())
+
+    def ours(name: str) -> Iterator[Row]:
+        expected = truth()
+        with registry.use(**choice(name)):
+            yield from whole_model.measure_ours(setup(), f"{name} ops", expected)
 
     for name in ("reference", "triton"):
-        if name == "triton" and dry:
-            continue
-        chosen = {op: name for op, known in registry._ops.items() if name in known}
-        try:
-            with registry.use(**chosen):
-                for row in measure_model(machine.device, dry):
-                    yield {**row, "name": f"{row['name']}, {name} ops"}
-        except Exception as error:  # any: the other set of ops may run
-            yield {"name": f"model, {name} ops", "ok": False, "told": f"{type(error).__name__}: {error}"[:500]}
-    try:
-        yield from measure_transformers(machine.device, dry)
-    except Exception as error:  # any: a version of transformers that this was not written for
-        yield {"name": "model, transformers", "ok": False, "told": f"{type(error).__name__}: {error}"[:500]}
+        if not (dry and name == "triton"):
+            yield f"model, {name} ops", functools.partial(ours, name)
+    for kind in ("sdpa", "flash_attention_2", "eager"):
+        yield f"transformers {kind}", lambda kind=kind: whole_model.measure_attention(setup(), theirs(), kind, truth())
+    for compile in (False, True):
+        name = "transformers static cache" + ", compiled" * compile
+        yield name, lambda compile=compile: whole_model.measure_static(setup(), theirs(), compile, truth())
 
 
-def training(machine: limits.Limits, dry: bool) -> Iterator[Row]:
+def training(machine: limits.Limits, dry: bool) -> Iterator[Part]:
     from bench.gpu_training import measure_training
 
-    for row in measure_training(machine.device, dry):
-        yield row | ({"of_limit": row["gflops"] / machine.gemm_bf16_gflops} if "gflops" in row else {})
+    def rows() -> Iterator[Row]:
+        for row in measure_training(machine.device, dry):
+            yield row | ({"of_limit": row["gflops"] / machine.gemm_bf16_gflops} if "gflops" in row else {})
+
+    yield "training", rows
 
 
-def run_stage(name: str, device: str, out: Path | None, dry: bool, machine: limits.Limits) -> None:
-    """Yielded rows go to the stage's file one by one."""
-    rows: list[Row] = []
-    for row in globals()[name](machine, dry):
-        rows.append(row)
-        results.write(f"gpu_{name}", rows, {"dry_run": dry, "stage": name}, machine, out)
+def lost(device: str) -> bool:
+    """Whether an earlier fault has left this process without its device. Gives back what nobody holds."""
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except RuntimeError:
+            return True
+    return False
+
+
+def resume(path: Path, code: int) -> tuple[int, list[Row]]:
+    """The part that comes after the one a process died of, and the rows that it left, with one that says so."""
+    result = results.load(path)
+    place, part = result["settings"]["part"]
+    died = {"name": part, "ok": False, "told": f"its process died with exit code {code}"}
+    return place + 1, result["measurements"] + ([] if code == LOST else [died])
+
+
+def run_stage(name: str, out: Path | None, dry: bool, machine: limits.Limits, first: int = 0, kept: Sequence[Row] = ()) -> int:
+    """Its rows go to the stage's file one by one, behind those that are `kept`; parts before `first` are left out. Returns an exit code.
+
+    Settings: part, the place and the name of what is under way; complete, whether all was done.
+    """
+    result = results.record(f"gpu_{name}", [], {"dry_run": dry, "stage": name}, machine)
+    rows, settings = result["measurements"], result["settings"]
+    rows += kept
+    for place, (part, make) in enumerate(globals()[name](machine, dry)):
+        if place < first:
+            continue
+        settings |= {"part": [place, part], "complete": False}
+        results.save(result, out)
+        try:
+            for row in make():
+                rows.append(row)
+                results.save(result, out)
+        except Exception as error:  # any: the next part may be fine
+            rows.append({"name": part, "ok": False, "told": told(error)})
+            results.save(result, out)
+        if lost(machine.device):
+            return LOST
+    settings["complete"] = True
+    results.save(result, out)
+    return 0
 
 
 # --- the command ------------------------------------------------------------------------------------------------------------------
@@ -255,16 +328,43 @@ def run_stage(name: str, device: str, out: Path | None, dry: bool, machine: limi
 def table(files: Sequence[Path]) -> str:
     lines = []
     for path in files:
-        measured = results.load(path)["measurements"]
+        result = results.load(path)
+        measured = result["measurements"]
         checked = [row for row in measured if "ok" in row]
-        lines.append(
-            f"{path.name}: {len(measured)} rows" + (f", {sum(row['ok'] for row in checked)} of {len(checked)} ok" if checked else "")
-        )
-        lines += [f"  FAILED {row['name']}: {row.get('told', '')[-300:]}" for row in checked if not row["ok"]]
-        for row in [row for row in measured if "ok" not in row]:
-            cells = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
-            lines.append(f"  {row['name']:46} {'  '.join(cells)}")
+        head = f"{path.name}: {len(measured)} rows" + (f", {sum(row['ok'] for row in checked)} of {len(checked)} ok" if checked else "")
+        cut = "" if result["settings"].get("complete", True) else f", cut off in {result['settings']['part'][1]}"
+        lines.append(head + cut)
+        for row in measured:
+            if not row.get("ok", True):
+                lines.append(f"  FAILED {row['name']}: {row.get('told', '')[-300:]}")
+            elif "absent" in row:
+                lines.append(f"  absent {row['name']}: {row['absent']}")
+            elif "ok" not in row:
+                cells = [f"{key} {value:.4g}" for key, value in row.items() if isinstance(value, float)]
+                cells += [f"{key}: {value}" for key, value in row.items() if key.startswith("ours ") and key.endswith("_absent")]
+                cells += [f"{key} {value:.4g}" for key, value in row.get("errors", {}).items() if "void" in row]
+                lines.append(f"  {'VOID ' if 'void' in row else ''}{row['name']:46} {'  '.join(cells)}")
     return "\n".join(lines)
+
+
+def run_to_end(stage: str, command: list[str], newest: Callable[[], Path | None]) -> str:
+    """A stage in processes of its own, within its seconds: one that dies is followed by another behind the part that it died of. The
+    verdict, of which the last words are the last one's."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "TRITON_INTERPRET": "0"}
+    end, resumed, reached = time.monotonic() + STAGES[stage], list[str](), -1
+    verdict: list[str] = []
+    while (left := end - time.monotonic()) > (RESTART if resumed else 0):
+        try:
+            code = subprocess.run([*command, *resumed], cwd=ROOT, env=environment, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            return ", ".join([*verdict, f"cut off after {STAGES[stage]} s"])
+        verdict.append(f"exit code {code}")
+        path, before = newest(), reached
+        reached = results.load(path)["settings"]["part"][0] if path else before
+        if code == 0 or path is None or reached == before:
+            break
+        resumed = ["--resume", str(path), "--died", str(code)]
+    return ", ".join(verdict)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -274,6 +374,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stages", default=",".join(STAGES), help="some of " + ", ".join(STAGES))
     parser.add_argument("--in-process", action="store_true", help=argparse.SUPPRESS)  # a stage's own process
     parser.add_argument("--limits", help=argparse.SUPPRESS)
+    parser.add_argument("--resume", type=Path, help=argparse.SUPPRESS)  # the file of a process that died, and its exit code
+    parser.add_argument("--died", type=int, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     device = "cpu" if asked.dry_run else "cuda"
     if device == "cuda" and not torch.cuda.is_available():
@@ -282,27 +384,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(asked.stages.split(",")) - set(STAGES):
         parser.error(f"no stage {', '.join(sorted(unknown))}: expected some of {', '.join(STAGES)}")
     if asked.in_process:
-        run_stage(asked.stages, device, asked.out, asked.dry_run, limits.Limits(**json.loads(asked.limits)))
-        return 0
+        machine = limits.Limits(**json.loads(asked.limits))
+        return run_stage(asked.stages, asked.out, asked.dry_run, machine, *(resume(asked.resume, asked.died) if asked.resume else ()))
     started, failed = time.time(), []
     machine = limits.Limits(device, 1, *[1.0] * 4, None) if asked.dry_run else limits.probe("cuda")
     print(json.dumps(results.record("card", [], {}, machine)["device"]), limits.describe(machine), sep="\n", flush=True)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "TRITON_INTERPRET": "0"}
+
+    def written(stage: str = "*") -> list[Path]:
+        paths = sorted((asked.out or results.RESULTS).rglob(f"*-gpu_{stage}.json"), key=lambda path: path.stat().st_mtime)
+        return [path for path in paths if path.stat().st_mtime >= started - 1]
+
     for stage in asked.stages.split(","):
         command = [sys.executable, "-m", "bench.gpu", "--in-process", "--stages", stage, "--limits", json.dumps(vars(machine))]
         command += ["--dry-run"] * asked.dry_run + (["--out", str(asked.out)] if asked.out else [])
         start = time.perf_counter()
-        try:
-            code = subprocess.run(command, cwd=ROOT, env=environment, timeout=STAGES[stage]).returncode
-            verdict = f"exit code {code}"
-            failed += [stage] if code else []
-        except subprocess.TimeoutExpired:
-            verdict = f"cut off after {STAGES[stage]} s"
+        verdict = run_to_end(stage, command, lambda stage=stage: next(reversed(written(stage)), None))
+        failed += [stage] if not verdict.endswith(("exit code 0", " s")) else []
         print(f"stage {stage}: {verdict}, {time.perf_counter() - start:.0f} s", flush=True)
-    folder = asked.out or results.RESULTS
-    written = [path for path in sorted(folder.rglob("*-gpu_*.json")) if path.stat().st_mtime >= started - 1]
-    print(table(written))
-    wrong = [row for path in written for row in results.load(path)["measurements"] if row.get("ok") is False]
+    print(table(written()))
+    wrong = [row for path in written() for row in results.load(path)["measurements"] if row.get("ok") is False]
     return int(bool(failed or wrong))
 
 

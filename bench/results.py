@@ -93,13 +93,20 @@ def write(
     name: str, measurements: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], limits: Limits, folder: Path | None = None
 ) -> Path:
     """Write one result file under `folder` (default RESULTS) and return its path."""
+    return save(record(name, measurements, settings, limits), folder)
+
+
+def save(result: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """A `record` to its file, whole or not at all: whoever writes again and again may be killed at any time."""
+    name = result["name"]
     if not re.fullmatch(r"[a-z0-9_]+", name):
         raise ValueError(f"a result's name is lower-case letters, digits and underscores, got {name!r}")
-    result = record(name, measurements, settings, limits)
     device = re.sub(r"[^a-z0-9]+", "-", result["device"]["name"].lower()).strip("-")
     path = (folder or RESULTS) / device / f"{result['date'][:10]}-{result['commit'] or 'nogit'}-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
     return path
 
 

@@ -32,7 +32,8 @@ def serve(
     request_of: Callable[[Asked], Any] | None = None,
     max_running: int = AT_A_TIME,
 ) -> tuple[Served, list[str], dict[str, Any]]:
-    """With an engine of its own on a loaded model; also the texts and the engine's stats. times, clients: as in the baseline's."""
+    """With an engine of its own on a loaded model; also the texts, and the engine's stats with every request's prompt_tokens. times,
+    clients: as in the baseline's."""
     import llava_fast as lf
 
     request_of = request_of or (lambda one: lf.Request(one.prompt, images=one.pictures))
@@ -64,7 +65,8 @@ def serve(
     first = [one.timings["first_token"] + lag for one, lag in zip(answers, late, strict=True)]
     ids = [one.token_ids for one in answers]
     served = Served(first, stats.inter_token, max(ends) - start, sum(map(len, ids)), ids)
-    return served, [one.text for one in answers], dataclasses.asdict(stats)
+    prompts = {"prompt_tokens": [one.prompt_tokens for one in answers]}
+    return served, [one.text for one in answers], dataclasses.asdict(stats) | prompts
 
 
 def main(side: str, checkpoint: str, points: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -68,9 +68,10 @@ def records(count: int, scenario: str | None = None, most_views: int | None = No
     return [{**r, "sizes": []} for r in found] if scenario == "text" else found
 
 
-def requests(found: Sequence[dict[str, Any]], new: int, exactly: bool = False) -> list[Asked]:
-    """Pictures in a record's sizes, its first question's length in words, and its answer's in tokens: from 2 to `new`, or `new`."""
-    rng, asked, number = np.random.default_rng(0), [], 0
+def requests(found: Sequence[dict[str, Any]], new: int, exactly: bool = False, part: int = 0) -> list[Asked]:
+    """Pictures in a record's sizes, its first question's length in words, and its answer's in tokens: from 2 to `new`, or `new`. Another
+    part has other words, and shares no picture."""
+    rng, asked, number = np.random.default_rng(part), [], part * sum(len(record["sizes"]) for record in found)
     for record in found:
         pictures = [photograph(number + i, tuple(size)) for i, size in enumerate(record["sizes"])]
         number += len(pictures)

@@ -42,9 +42,13 @@ def test_scenarios_have_the_shapes_of_the_mixture(scenario: str, views: set[int]
 
 
 def test_no_two_pictures_are_the_same() -> None:
-    asked = workload.requests(workload.records(6, most_views=2), 16)
-    pictures = [picture.tobytes() for one in asked for picture in one.pictures]
-    assert len(set(pictures)) == len(pictures) and max(len(one.pictures) for one in asked) == 2
+    """Nor are those of another part, whose requests have the same shapes."""
+    found = workload.records(6, most_views=2)
+    parts = [workload.requests(found, 16, part=part) for part in range(3)]
+    pictures = [picture.tobytes() for asked in parts for one in asked for picture in one.pictures]
+    assert len(set(pictures)) == len(pictures) and max(len(one.pictures) for one in parts[0]) == 2
+    shapes = [[([p.size for p in one.pictures], len(one.text.split()), one.new) for one in asked] for asked in parts]
+    assert shapes[0] == shapes[1] == shapes[2] and len({one.text for asked in parts for one in asked}) == 18
 
 
 def test_the_long_benchmarks_are_what_they_were() -> None:
@@ -208,7 +212,9 @@ class OpenAI(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b"data: {not json\n\n")
                 return
             self.tell({"choices": [{"delta": {"content": f"w{i} "}}]})
-        self.tell({"choices": [], "usage": {"completion_tokens": words}})
+        usage: dict[str, Any] = {"completion_tokens": words, "prompt_tokens": 7}
+        usage |= {"prompt_tokens_details": {"cached_tokens": 2}} if server.fault == "cache report" else {}
+        self.tell({"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def tell(self, chunk: dict[str, Any]) -> None:
@@ -234,7 +240,9 @@ ASKED = [Asked([workload.photograph(0, (32, 24))], "What is it?", 3), Asked([], 
 
 @pytest.mark.parametrize("times, clients", [(None, 1), ([0.0, 0.05], 0)])
 def test_a_server_is_served_the_workload(server: Any, times: list[float] | None, clients: int) -> None:
-    served = servers.serve(servers.Server(server.url + "/v1"), ASKED, times, clients)
+    point = servers.serve(servers.Server(server.url + "/v1"), ASKED, times, clients)
+    served = point.served
+    assert point.prompts == [7, 7] and point.cached is None
     assert served.answers == ["w0 w1 w2 ", "w0 w1 w2 w3 "] and served.tokens == 7
     assert len(served.first) == 2 and all(0 < first <= served.seconds for first in served.first) and served.between["p50"] > 0
     body = next(body for body in server.bodies if body["max_tokens"] == 3)
@@ -242,6 +250,11 @@ def test_a_server_is_served_the_workload(server: Any, times: list[float] | None,
     picture, text = body["messages"][0]["content"]
     sent = Image.open(io.BytesIO(base64.b64decode(picture["image_url"]["url"].removeprefix("data:image/png;base64,"))))
     assert sent.tobytes() == ASKED[0].pictures[0].tobytes() and text == {"type": "text", "text": "What is it?"}
+
+
+def test_what_a_server_found_in_its_cache(server: Any) -> None:
+    server.fault = "cache report"
+    assert servers.serve(servers.Server(server.url), ASKED, None, 2).cached == 4
 
 
 @pytest.mark.parametrize(
@@ -278,7 +291,7 @@ def test_one_failure_ends_the_others(server: Any) -> None:
 
 def test_vllm_where_it_is_not_installed() -> None:
     with pytest.raises(RuntimeError, match="vllm is not installed here"):
-        servers.with_vllm("nowhere", ASKED)
+        servers.with_vllm("nowhere", ASKED, ASKED)
 
 
 def test_vllm_offline_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,40 +305,123 @@ def test_vllm_offline_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> 
             made["options"] = options
 
         def chat(self, given: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
-            made["given"], made["params"] = given, params
-            return [types.SimpleNamespace(outputs=[types.SimpleNamespace(text=f"{len(one[0]['content'])}")]) for one in given]
+            made.setdefault("given", []).append(given)
+            made["params"] = params
+            outputs = [[types.SimpleNamespace(text=f"{len(one[0]['content'])}")] for one in given]
+            return [types.SimpleNamespace(outputs=out, prompt_token_ids=[1, 2, 3]) for out in outputs]
 
     module = types.ModuleType("vllm")
     module.LLM, module.SamplingParams = LLM, lambda **fields: fields  # type: ignore[attr-defined]
     module.__spec__ = types.SimpleNamespace()  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "vllm", module)
-    rates, answers = servers.with_vllm("a checkpoint", ASKED)
-    assert answers == ["2", "1"] and rates["tokens_per_s"] == pytest.approx(3.5 * rates["requests_per_s"])
+    told = servers.with_vllm("a checkpoint", ASKED, ASKED[1:])
+    rates = told["figures"]
+    assert told["answers"] == ["2", "1"] and told["prompts"] == [3, 3] and list(map(len, made["given"])) == [1, 2]
+    assert rates["tokens_per_s"] == pytest.approx(3.5 * rates["requests_per_s"])
     assert made["options"] == {"model": "a checkpoint", "limit_mm_per_prompt": {"image": 1}}
     assert made["params"][1] == {"temperature": 0, "max_tokens": 4, "min_tokens": 4, "ignore_eos": True}
 
 
-def test_files_of_sides_become_rows(server: Any, tmp_path: Path, models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(servers, "load", lambda checkpoint: models[0])
-    shape = ["--count", "2", "--most-views", "1", "--new", "3", "--rates", "50", "--clients", "2"]
-    servers.main(["server", str(tmp_path / "theirs.json"), "--url", server.url, "--name", "vllm", *shape])
-    servers.main(["engine", str(tmp_path / "ours.json"), "--checkpoint", "tiny", *shape])
-    files = [tmp_path / "ours.json", tmp_path / "theirs.json"]
-    made = servers.rows(files)
+@pytest.fixture(scope="module")
+def sides(models: Any, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Our file, and one of a side that answers as we do, of one rate and one number of clients."""
+    shape = ["--count", "2", "--most-views", "1", "--new", "12", "--rates", "50", "--clients", "2"]
+    path = tmp_path_factory.mktemp("sides") / "ours.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(servers, "load", lambda checkpoint: models[0])
+        servers.main(["engine", str(path), "--checkpoint", "tiny", *shape])
+    ours = json.loads(path.read_text())
+    return [ours, json.loads(path.read_text()) | {"side": "vllm"}]
+
+
+def rows_of(*told: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    files = [folder / f"{i}.json" for i in range(len(told))]
+    for file, side in zip(files, told, strict=True):
+        file.write_text(json.dumps(side))
+    return servers.rows(files)
+
+
+def test_files_of_sides_become_rows(sides: list[dict[str, Any]], tmp_path: Path) -> None:
+    made = rows_of(*sides, folder=tmp_path)
     assert [(row["name"], row["axis"], row["at"]) for row in made] == [
         ("servers_arrivals_per_s_50", "arrivals_per_s", 50.0),
         ("servers_concurrency_2", "concurrency", 2),
     ]
     for row in made:
-        assert row["baseline"] == "vllm" and row["equal_answers"] == {"vllm": 0} and row["requests"] == 2
+        assert row["baseline"] == "vllm" and row["equal_answers"] == {"vllm": 2} and row["requests"] == 2 and "void" not in row
+        assert row["agreement"] == {"vllm": 1.0} and row["prompt_tokens"] > 2
         assert row["ratio_requests_per_s"] == pytest.approx(row["ours_requests_per_s"] / row["baseline_requests_per_s"])
         assert set(row["sides"]["vllm"]) == set(row["sides"]["llava_fast"]) >= {"first_token_p50_s", "inter_token_p95_ms", "tokens_per_s"}
+
+
+def test_points_share_no_request(server: Any, tmp_path: Path) -> None:
+    """What a server keeps of one is of no use for the next, nor is the warm-up's."""
+    shape = ["--count", "3", "--most-views", "1", "--new", "3", "--rates", "50", "--clients", "2", "3"]
+    servers.main(["server", str(tmp_path / "theirs.json"), "--url", server.url, *shape])
+    asked = [json.dumps(body["messages"]) for body in server.bodies]
+    assert len(asked) == len(set(asked)) == 2 + 3 * 3
+    pictures = [item["image_url"]["url"] for body in server.bodies for item in body["messages"][0]["content"] if "image_url" in item]
+    assert len(pictures) == len(set(pictures)) > 3
+    assert [point["part"] for point in json.loads((tmp_path / "theirs.json").read_text())["points"]] == [1, 2, 3]
+
+
+def test_a_server_of_other_answers_is_void(sides: list[dict[str, Any]], server: Any, tmp_path: Path) -> None:
+    """Of words that nobody else says; a third side is compared all the same."""
+    shape = ["--count", "2", "--most-views", "1", "--new", "12", "--rates", "50", "--clients", "2"]
+    servers.main(["server", str(tmp_path / "theirs.json"), "--url", server.url, "--name", "sglang", *shape])
+    wrong = json.loads((tmp_path / "theirs.json").read_text())
+    alone = rows_of(sides[0], wrong, folder=tmp_path)
+    assert "2 of 2 prompts are others: request 0 has 7 tokens, ours" in alone[0]["void"]["sglang"]
+    assert "sides" not in alone[0] and "axis" not in alone[0] and not any("ratio" in key for key in alone[0])
+    for point, ours in zip(wrong["points"], sides[0]["points"], strict=True):
+        point["prompts"] = ours["prompts"]
+    three = rows_of(*sides, wrong, folder=tmp_path)
+    assert three[1]["void"] == {"sglang": "other answers: 0.00 of their words agree before the first difference, expected 0.5 or more"}
+    assert three[1]["baseline"] == "vllm" and set(three[1]["sides"]) == {"llava_fast", "vllm"}
+    assert three[1]["equal_answers"] == {"vllm": 2, "sglang": 0}
+
+
+def test_answers_agree_up_to_their_first_difference(sides: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert servers.leading("a b c d", "a b x d") == 0.5 and servers.leading("a", "a b c d") == 0.25
+    assert servers.leading("", "") == 1.0 and servers.leading("", "a") == 0.0
+    ours, theirs = json.loads(json.dumps(sides))
+    for told, words in ((ours, "a b c d e f g h"), (theirs, "a b c d e x g h")):
+        for point in told["points"]:
+            point["answers"] = [words, "yes no"]
+    (row, _) = rows_of(ours, theirs, folder=tmp_path)
+    assert row["equal_answers"] == {"vllm": 1} and row["agreement"] == {"vllm": pytest.approx((5 / 8 + 1) / 2)} and "void" not in row
+    theirs["points"][0]["answers"] = ["a x c d e f g h", "no yes"]
+    (row, other) = rows_of(ours, theirs, folder=tmp_path)
+    assert "0.06 of their words" in row["void"]["vllm"] and "void" not in other
+
+
+def test_files_of_other_requests_are_refused(sides: list[dict[str, Any]], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected a file of llava_fast and those of others, got vllm"):
-        servers.rows(files[1:])
-    other = json.loads(files[1].read_text()) | {"settings": {"count": 3}}
-    files[1].write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="the files are of different requests"):
-        servers.rows(files)
+        rows_of(sides[1], folder=tmp_path)
+    with pytest.raises(ValueError, match="the files are of different requests: {'llava_fast': .*'count': 3"):
+        rows_of(sides[0], sides[1] | {"settings": {"count": 3}}, folder=tmp_path)
+    other = json.loads(json.dumps(sides[1]))
+    other["points"][1]["part"] = 5
+    with pytest.raises(ValueError, match="different requests at concurrency 2: all sides take the same --rates and --clients"):
+        rows_of(sides[0], other, folder=tmp_path)
+
+
+def test_vllm_offline_answers_a_point_of_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def with_vllm(checkpoint: str, given: list[Asked], warm: list[Asked]) -> dict[str, Any]:
+        asked.append((given, warm))
+        return {"figures": {}, "answers": ["a"] * len(given), "prompts": [1] * len(given)}
+
+    monkeypatch.setattr(servers, "with_vllm", with_vllm)
+    command = ["vllm", str(tmp_path / "v.json"), "--checkpoint", "c", "--count", "3", "--most-views", "1", "--rates", "1"]
+    servers.main([*command, "--clients", "2", "3"])
+    (point,) = json.loads((tmp_path / "v.json").read_text())["points"]
+    assert point["concurrency"] == point["part"] == 3
+    found = workload.records(3, most_views=1)
+    assert asked == [(workload.requests(found, 64, part=3), workload.requests(found, 64)[:2])]
+    with pytest.raises(ValueError, match=r"expected --count 3 among --clients, got \[2\]"):
+        servers.main([*command, "--clients", "2"])
 
 
 def test_the_engine_s_latencies_are_the_requests_own(models: Any) -> None:

@@ -11,6 +11,16 @@ Each of the first three runs alone on the machine and writes one file of figures
 pictures as data URLs, at the same times as the engine is given the same messages; all are told to go on past an end token, so that
 everyone makes the same number of tokens. The first token is the first chunk with text; between tokens is between two chunks.
 A server that cannot be reached, refuses a request or breaks its stream off ends the run with one line that says so.
+
+A server keeps what it saw: the warm-up and every point have requests of the same shapes with pictures and words of their own, so that no
+point finds its prompts in a cache, with no need of a server's own command for that. `cached_tokens` says so where the server tells it
+(vLLM: --enable-prompt-tokens-details, SGLang: --enable-cache-report).
+
+A side is void, and no ratio is taken against it, where a request's prompt has another number of tokens than ours, for then it has another
+template or other views; and where in the mean less than half of an answer's words (AGREEMENT) come before its first difference from ours.
+What follows a difference says nothing: in bf16 a greedy token flips at a near-tie now and then, and the rest is another text. Where one token in
+a hundred flips, answers of 64 agree over 0.73 of their length, at three in a hundred over 0.43; those of another model, or without the
+pictures, over the few words that all answers begin with. `equal_answers` counts those that are the same to the end.
 """
 
 from __future__ import annotations
@@ -21,12 +31,14 @@ import http.client
 import importlib.util
 import io
 import json
+import statistics
 import sys
 import threading
 import time
 import urllib.parse
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +48,30 @@ from bench.workload import Asked, Served, arrivals, figures, records, requests
 from llava_fast.engine.stats import latencies
 
 TIMEOUT = 600.0  # seconds without a byte
+AGREEMENT = 0.5  # share of the words below which a side answers something else
+
+
+@dataclass(frozen=True)
+class Answer:
+    """tokens, prompt and cached (of the prompt's): as the server counts them; cached is None where it does not tell.
+
+    times: when each chunk with text came.
+    """
+
+    text: str
+    tokens: int
+    prompt: int
+    cached: int | None
+    times: list[float]
+
+
+@dataclass(frozen=True)
+class Point:
+    """prompts: tokens of each request's prompt."""
+
+    served: Served
+    prompts: list[int]
+    cached: int | None = None
 
 
 def messages(asked: Asked, picture: Any) -> list[dict[str, Any]]:
@@ -86,10 +122,9 @@ class Server:
         stream = {"stream": True, "stream_options": {"include_usage": True}}
         return json.dumps({"model": self.model, "messages": messages(asked, data_url), **wanted, **stream})
 
-    def stream(self, body: str) -> tuple[str, int, list[float]]:
-        """The text, its tokens as the server counts them, and when each chunk with text came."""
+    def stream(self, body: str) -> Answer:
         connection, response = self._send("POST", "chat/completions", body)
-        text, tokens, times, done = "", 0, [], False
+        text, usage, times, done = "", dict[str, Any](), [], False
         try:
             for line in response:
                 if not line.startswith(b"data:"):
@@ -101,7 +136,7 @@ class Server:
                 chunk = json.loads(data)
                 if "error" in chunk:
                     raise RuntimeError(f"{self.url} ended a stream: {chunk['error']}")
-                tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
+                usage = chunk.get("usage") or usage
                 delta = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
                 if delta:
                     times.append(time.perf_counter())
@@ -112,15 +147,16 @@ class Server:
             connection.close()
         if not done or not times:
             raise RuntimeError(f"{self.url} broke a stream off after {len(times)} chunks: it has no end" if not done else "it has no text")
-        return text, tokens, times
+        cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+        return Answer(text, usage.get("completion_tokens", 0), usage.get("prompt_tokens", 0), cached, times)
 
 
-def serve(server: Server, asked: Sequence[Asked], times: Sequence[float] | None, clients: int) -> Served:
+def serve(server: Server, asked: Sequence[Asked], times: Sequence[float] | None, clients: int) -> Point:
     """times: seconds from now at which each is sent; None: `clients` who send the next as soon as they have an answer."""
     bodies = [server.body(one) for one in asked]
     start, failed = time.perf_counter(), threading.Event()
 
-    def send(i: int) -> tuple[float, tuple[str, int, list[float]]]:
+    def send(i: int) -> tuple[float, Answer]:
         if times is not None and failed.wait(max(start + times[i] - time.perf_counter(), 0)):
             raise RuntimeError("another request failed")
         came = time.perf_counter() if times is None else start + times[i]
@@ -129,61 +165,69 @@ def serve(server: Server, asked: Sequence[Asked], times: Sequence[float] | None,
         except RuntimeError:
             failed.set()
             raise
-        if answer[1] != asked[i].new:
+        if answer.tokens != asked[i].new:
             failed.set()
-            raise RuntimeError(f"{server.url} made {answer[1]} tokens of {asked[i].new}: it has to know ignore_eos and include_usage")
+            raise RuntimeError(f"{server.url} made {answer.tokens} tokens of {asked[i].new}: it has to know ignore_eos and include_usage")
         return came, answer
 
     with ThreadPoolExecutor(clients if times is None else len(asked)) as pool:
         told = list(pool.map(send, range(len(asked))))
-    between = [b - a for _, (_, _, chunks) in told for a, b in zip(chunks, chunks[1:], strict=False)]
-    return Served(
-        first=[chunks[0] - came for came, (_, _, chunks) in told],
+    between = [b - a for _, one in told for a, b in zip(one.times, one.times[1:], strict=False)]
+    served = Served(
+        first=[one.times[0] - came for came, one in told],
         between=latencies(between),
-        seconds=max(chunks[-1] for _, (_, _, chunks) in told) - start,
+        seconds=max(one.times[-1] for _, one in told) - start,
         tokens=sum(one.new for one in asked),
-        answers=[text for _, (text, _, _) in told],
+        answers=[one.text for _, one in told],
     )
+    cached = [one.cached for _, one in told if one.cached is not None]
+    return Point(served, [one.prompt for _, one in told], sum(cached) if cached else None)
 
 
-def with_vllm(checkpoint: str, asked: Sequence[Asked]) -> tuple[dict[str, float], list[str]]:
+def with_vllm(checkpoint: str, asked: Sequence[Asked], warm: Sequence[Asked]) -> dict[str, Any]:
     """All at once, which is all that its offline interface does: rates, and no latencies."""
     if importlib.util.find_spec("vllm") is None:
         raise RuntimeError("vllm is not installed here: start a server elsewhere and use `server --url`")
     import vllm
 
-    model = vllm.LLM(model=checkpoint, limit_mm_per_prompt={"image": max(len(one.pictures) for one in asked)})
+    model = vllm.LLM(model=checkpoint, limit_mm_per_prompt={"image": max(len(one.pictures) for one in [*asked, *warm])})
     params = [vllm.SamplingParams(temperature=0, max_tokens=one.new, min_tokens=one.new, ignore_eos=True) for one in asked]
     given = [messages(one, data_url) for one in asked]
-    model.chat(given[:1], params[:1], use_tqdm=False)
+    model.chat([messages(one, data_url) for one in warm], params[: len(warm)], use_tqdm=False)
     start = time.perf_counter()
     answers = model.chat(given, params, use_tqdm=False)
     seconds = time.perf_counter() - start
     rates = {"requests_per_s": len(asked) / seconds, "tokens_per_s": sum(one.new for one in asked) / seconds}
-    return rates, [answer.outputs[0].text for answer in answers]
+    prompts = [len(answer.prompt_token_ids) for answer in answers]
+    return {"figures": rates, "answers": [answer.outputs[0].text for answer in answers], "prompts": prompts}
 
 
 def points(rates: Sequence[float], clients: Sequence[int]) -> list[dict[str, float]]:
-    return [{"arrivals_per_s": rate} for rate in rates] + [{"concurrency": n} for n in clients]
+    """part: of the workload, each point its own (0 is the warm-up's)."""
+    every = [{"arrivals_per_s": rate} for rate in rates] + [{"concurrency": n} for n in clients]
+    return [point | {"part": part} for part, point in enumerate(every, 1)]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """The file of one side."""
-    found = records(arguments.count, most_views=arguments.most_views)
-    asked, done = requests(found, arguments.new), []
+    found, done = records(arguments.count, most_views=arguments.most_views), []
+    every = points(arguments.rates, arguments.clients)
+    warm = requests(found, arguments.new)[:2]
     if arguments.side == "vllm":
-        every = points([], [len(asked)])
-        values, answers = with_vllm(arguments.checkpoint, asked)
-        done = [{"figures": values, "answers": answers}]
+        every = [point for point in every if point.get("concurrency") == len(found)]
+        if not every:
+            raise ValueError(f"vllm is asked all at once: expected --count {len(found)} among --clients, got {arguments.clients}")
+        done = [with_vllm(arguments.checkpoint, requests(found, arguments.new, part=int(every[0]["part"])), warm)]
     else:
-        every = points(arguments.rates, arguments.clients)
         server: Any = Server(arguments.url, arguments.model) if arguments.side == "server" else load(arguments.checkpoint)
         run = serve if arguments.side == "server" else with_engine
-        run(server, asked[:2], None, 1)
+        run(server, warm, None, 1)
         for point in every:
+            asked = requests(found, arguments.new, part=int(point["part"]))
             times = arrivals(point["arrivals_per_s"], len(asked)) if "arrivals_per_s" in point else None
-            served = run(server, asked, times, int(point.get("concurrency", 1)))
-            done.append({"figures": figures(served), "answers": list(served.answers)})
+            made = run(server, asked, times, int(point.get("concurrency", 1)))
+            told = {"answers": list(made.served.answers), "prompts": made.prompts, "cached": made.cached}
+            done.append({"figures": figures(made.served), **told})
     settings = {key: getattr(arguments, key) for key in ("count", "most_views", "new")}
     return {"side": arguments.name, "settings": settings, "points": [{**a, **b} for a, b in zip(every, done, strict=True)]}
 
@@ -196,15 +240,33 @@ def load(checkpoint: str) -> Any:
     return model
 
 
-def with_engine(model: Any, asked: Sequence[Asked], times: Sequence[float] | None, clients: int) -> Served:
+def with_engine(model: Any, asked: Sequence[Asked], times: Sequence[float] | None, clients: int) -> Point:
     import llava_fast as lf
     from bench import serving
 
     def request(one: Asked) -> lf.Request:
         return lf.Request(messages(one, lambda picture: {"type": "image", "image": picture}))
 
-    served, texts, _ = serving.serve(model, asked, times, clients, request, max_running=64)
-    return Served(served.first, served.between, served.seconds, served.tokens, texts)
+    served, texts, stats = serving.serve(model, asked, times, clients, request, max_running=64)
+    return Point(replace(served, answers=texts), stats["prompt_tokens"])
+
+
+def leading(answer: str, expected: str) -> float:
+    """Share of the longer one's words before the first that differs."""
+    one, two = answer.split(), expected.split()
+    same = next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+    return same / max(len(one), len(two)) if one or two else 1.0
+
+
+def why_void(point: dict[str, Any], ours: dict[str, Any], agreement: float) -> str | None:
+    """What makes a side's point another work than ours; None if nothing does."""
+    others = [(i, a, b) for i, (a, b) in enumerate(zip(point["prompts"], ours["prompts"], strict=True)) if a != b]
+    if others:
+        i, theirs, own = others[0]
+        return f"{len(others)} of {len(ours['prompts'])} prompts are others: request {i} has {theirs} tokens, ours {own}"
+    if agreement < AGREEMENT:
+        return f"other answers: {agreement:.2f} of their words agree before the first difference, expected {AGREEMENT} or more"
+    return None
 
 
 def rows(files: Sequence[Path], device: str = "cpu") -> list[dict[str, Any]]:
@@ -222,11 +284,20 @@ def rows(files: Sequence[Path], device: str = "cpu") -> list[dict[str, Any]]:
         same = {side: p for side, told in sides.items() for p in told["points"] if p.get(axis) == ours[axis]}
         if len(same) < 2:
             continue
-        equal = {side: sum(a == b for a, b in zip(p["answers"], ours["answers"], strict=True)) for side, p in same.items() if side != OURS}
-        values = {side: p["figures"] for side, p in same.items()}
-        name = f"servers_{axis}_{ours[axis]:g}"
-        facts = {"equal_answers": equal, "requests": len(ours["answers"]), **sides[OURS]["settings"]}
-        made.append(row_of_sides(name, values, "requests_per_s", device=device, axis=axis, at=ours[axis], **facts))
+        if len({p["part"] for p in same.values()}) > 1:
+            raise ValueError(f"the files are of different requests at {axis} {ours[axis]:g}: all sides take the same --rates and --clients")
+        rivals = {side: p for side, p in same.items() if side != OURS}
+        pairs = {side: list(zip(p["answers"], ours["answers"], strict=True)) for side, p in rivals.items()}
+        agreement = {side: statistics.fmean(leading(a, b) for a, b in own) for side, own in pairs.items()}
+        void = {side: why for side, p in rivals.items() if (why := why_void(p, ours, agreement[side])) is not None}
+        facts = {"equal_answers": {side: sum(a == b for a, b in own) for side, own in pairs.items()}, "agreement": agreement}
+        facts |= {"requests": len(ours["answers"]), "cached_tokens": {side: p.get("cached") for side, p in rivals.items()}}
+        facts |= {"prompt_tokens": sum(ours["prompts"]), **sides[OURS]["settings"], **({"void": void} if void else {})}
+        name, values = f"servers_{axis}_{ours[axis]:g}", {side: p["figures"] for side, p in same.items() if side not in void}
+        if len(values) < 2:
+            made.append({"name": name, "device": device, **facts})
+        else:
+            made.append(row_of_sides(name, values, "requests_per_s", device=device, axis=axis, at=ours[axis], **facts))
     return made
 
 
