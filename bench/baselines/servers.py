@@ -18,9 +18,9 @@ point finds its prompts in a cache, with no need of a server's own command for t
 
 A side is void, and no ratio is taken against it, where a request's prompt has another number of tokens than ours, for then it has another
 template or other views; and where in the mean less than half of an answer's words (AGREEMENT) come before its first difference from ours.
-What follows a difference says nothing: in bf16 a greedy token flips at a near-tie now and then, and the rest is another text. Where one token in
-a hundred flips, answers of 64 agree over 0.73 of their length, at three in a hundred over 0.43; those of another model, or without the
-pictures, over the few words that all answers begin with. `equal_answers` counts those that are the same to the end.
+What follows a difference says nothing: in bf16 a greedy token flips at a near-tie now and then, and the rest is another text. Where one
+token in a hundred flips, answers of 64 agree over 0.73 of their length, at three in a hundred over 0.43; those of another model, or without
+the pictures, over the few words that all answers begin with. `equal_answers` counts those that are the same to the end.
 """
 
 from __future__ import annotations
