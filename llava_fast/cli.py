@@ -130,6 +130,7 @@ def answers_to_file(
     options: dict[str, Any],
     retry_errors: bool,
 ) -> None:
+    from llava_fast.engine.engine import ANY_ROWS
     from llava_fast.engine.jsonl import RequestFile
 
     requests = RequestFile(path, sampling, raw)
@@ -138,7 +139,7 @@ def answers_to_file(
     try:
         with notes.status(escape(f"loading {model}")):
             loaded = llava_fast.load(model, **loading)
-        with llava_fast.Engine(loaded, **options) as engine:
+        with llava_fast.Engine(loaded, max_mixed_rows=ANY_ROWS, **options) as engine:
             tally = llava_fast.generate(loaded, requests, sampling, inputs, engine=engine, out=out, retry_errors=retry_errors)
     except KeyboardInterrupt:
         done = 0

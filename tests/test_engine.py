@@ -314,6 +314,7 @@ def test_many_threads_submit(model) -> None:
         (dict(max_rows=0), "max_rows must be an integer of at least 1, got 0"),
         (dict(kv_cache_bytes=10), "kv_cache_bytes=10 holds no block: 64 rows take"),
         (dict(kv_dtype=torch.int8), "kv_dtype must be one of torch.float32, .* got torch.int8"),
+        (dict(max_mixed_rows=0), "max_mixed_rows must be an integer of at least 1, got 0"),
         (dict(speculate=-1), "speculate must be an integer of at least 0, got -1"),
     ],
 )

@@ -83,6 +83,18 @@ def test_streams_say_what_completions_say(checkpoints):
     assert ends == {i: c.finish_reason for i, c in enumerate(completions)}
 
 
+def test_only_who_reads_along_has_a_bound_between_tokens(checkpoints, tmp_path, monkeypatch):
+    """Whole answers are wanted soon: no step is kept short for the sake of the tokens of others."""
+    model, bounds, made = lf.load(checkpoints["qwen_untied"]), [], lf.Engine
+    monkeypatch.setattr(
+        "llava_fast.engine.generate.Engine", lambda *given, **options: bounds.append(engine := made(*given, **options)) or engine
+    )
+    lf.generate(model, "What?", max_new_tokens=1)
+    lf.generate(model, ["What?"], max_new_tokens=1, out=tmp_path / "answers.jsonl")
+    list(lf.generate(model, "What?", max_new_tokens=1, stream=True))
+    assert [engine._core.scheduler.max_mixed_rows for engine in bounds] == [1 << 30, 1 << 30, 768]
+
+
 def test_stop_strings(checkpoints):
     model = lf.load(checkpoints["qwen_untied"])
     settings = dict(max_new_tokens=40, temperature=1.5, seed=3)

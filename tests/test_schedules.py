@@ -70,6 +70,7 @@ def test_any_schedule_gives_the_same_tokens(seed, model, asks, alone) -> None:
         max_running=int(rng.choice([1, 2, 5, 8])),
         max_rows=int(rng.choice([8, 17, 64, 512])),
         max_views=int(rng.choice([1, 3, 8])),
+        max_mixed_rows=int(rng.choice([1, 9, 40, 512])),
         prefix_cache=bool(rng.random() < 0.7),
         feature_cache_bytes=int(rng.choice([0, 20_000, 1 << 20])),
         overlap=bool(rng.random() < 0.5),
@@ -98,6 +99,7 @@ def random_schedule(model: lf.LlavaFast, asks: list[Ask], seed: int, determinist
         max_running=int(rng.choice([1, 2, 8])),
         max_rows=int(rng.choice([8, 17, 64, 512])),
         max_views=int(rng.choice([1, 3, 8])),
+        max_mixed_rows=int(rng.choice([1, 9, 40, 512])),
         prefix_cache=bool(rng.random() < 0.7),
         speculate=int(rng.choice([0, 0, 3])),
         deterministic=deterministic,
@@ -165,6 +167,19 @@ def test_chunks_of_any_size(rows, page, cached, model, asks, alone) -> None:
     drive(core, jobs, [0] * 6)
     assert answers(jobs) == alone[:6]
     assert_clean(core)
+
+
+def test_tokens_wait_for_few_rows_of_others_prompts(model, asks, alone, monkeypatch) -> None:
+    """A step in which somebody decodes computes `max_mixed_rows` of prompts and shows the tower a view, or a picture of several."""
+    core, plans = new_core(model, max_mixed_rows=24, max_running=4), list[Plan]()
+    monkeypatch.setattr(core.runner, "run", lambda plan, run=core.runner.run: plans.append(plan) or run(plan))
+    jobs = [new_job(model, ask, number) for number, ask in enumerate(asks[:8])]
+    drive(core, jobs, [3 * i for i in range(8)])
+    assert answers(jobs) == alone[:8]
+    mixed = [plan for plan in plans if any(work.repeats for work in plan.works)]
+    rows = [sum(work.last - work.first for work in plan.works if not work.repeats) for plan in mixed]
+    assert max(rows) == 24 and max(sum(work.last - work.first for work in plan.works) for plan in plans if plan not in mixed) > 24
+    assert max(len(plan.encode) for plan in mixed) == 1 < max(len(plan.encode) for plan in plans)
 
 
 def test_a_second_question_computes_its_new_tokens_alone(model) -> None:

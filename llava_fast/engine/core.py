@@ -51,6 +51,7 @@ class Options:
     max_running: int = 64
     max_rows: int = 2048
     max_views: int = 8
+    max_mixed_rows: int = 2048
     prefix_cache: bool = True
     feature_cache_bytes: int = 256 << 20
     overlap: bool = False
@@ -82,7 +83,7 @@ class Core:
         self.pool = BlockPool(blocks)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.runner = Runner(model, blocks, page, kv_dtype, max_running, options.max_views, options.graphs, options.deterministic)
-        budgets = options.max_rows, options.max_views, max_running
+        budgets = options.max_rows, options.max_views, options.max_mixed_rows, max_running
         self.scheduler = Scheduler(self.pool, self.features, page, *budgets, self.runner.copy_rows)
         self.counters = Counters()
         self.weight_bytes = weight_bytes(model)

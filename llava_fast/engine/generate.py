@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from llava_fast.checks import closest
-from llava_fast.engine.engine import Engine
+from llava_fast.engine.engine import ANY_ROWS, Engine
 from llava_fast.engine.handle import Delta, Handle
 from llava_fast.engine.jsonl import Answers
 from llava_fast.engine.progress import ProgressLine
@@ -224,16 +224,16 @@ def _write(
     return results
 
 
-def _engine(model: Any, engine: Engine | None) -> AbstractContextManager[Engine]:
+def _engine(model: Any, engine: Engine | None, max_mixed_rows: int | None = ANY_ROWS) -> AbstractContextManager[Engine]:
     if engine is not None and engine.model is not model:
         raise ValueError("the engine runs another model than the one given")
-    return Engine(model) if engine is None else nullcontext(engine)
+    return Engine(model, max_mixed_rows=max_mixed_rows) if engine is None else nullcontext(engine)
 
 
 def _stream(
     model: Any, items: list[Request | ValueError], sampling: SamplingParams, inputs: InputOptions, single: bool, engine: Engine | None
 ) -> Iterator[tuple[int, str, str | None]]:
-    with _engine(model, engine) as running:
+    with _engine(model, engine, max_mixed_rows=None) as running:
         for index, event in serve(running, enumerate(items), sampling, inputs, single):
             if isinstance(event, Delta):
                 yield index, event.text, event.finish_reason

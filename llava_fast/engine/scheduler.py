@@ -51,8 +51,9 @@ class Plan:
 
 
 class Scheduler:
-    """max_rows, max_views: a step's budgets; a picture of more views than that has a step's views to itself. max_running: sequences at a
-    time, at most max_rows.  copy_rows(block, into, n): called to copy the keys and values of a block's first rows, at once."""
+    """max_rows, max_views: a step's budgets; a picture of more views than that has a step's views to itself. max_mixed_rows: where
+    sequences decode, rows of prompts in that step, and one view, if fewer than max_rows.  max_running: sequences at a time, at most
+    max_rows.  copy_rows(block, into, n): called to copy the keys and values of a block's first rows, at once."""
 
     def __init__(
         self,
@@ -61,15 +62,17 @@ class Scheduler:
         page: int,
         max_rows: int,
         max_views: int,
+        max_mixed_rows: int,
         max_running: int,
         copy_rows: Callable[[int, int, int], None],
     ):
         self.pool, self.features, self.page, self.copy_rows = pool, features, page, copy_rows
         self.max_rows, self.max_views, self.max_running = max_rows, max_views, min(max_running, max_rows)
+        self.max_mixed_rows = max_mixed_rows
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = self.reused_rows = self.looked_up_rows = 0
-        self._rows = self._views = 0  # what is left of the step's budgets
+        self._rows = self._views = self._step_views = 0  # what is left of the step's budgets, and its views to begin with
         self._slots = list(range(self.max_running - 1, -1, -1))
 
     def blocks_for(self, rows: int) -> int:
@@ -95,6 +98,9 @@ class Scheduler:
         if guess is not None:  # from what all the decoding sequences leave
             for work in plan.works:
                 work.draft = self._guess(work.sequence, guess)
+        if plan.works and self.max_mixed_rows < self.max_rows:  # their tokens wait for what else the step computes
+            self._rows, self._views = min(self._rows, self.max_mixed_rows), 1
+        self._step_views = self._views
         for sequence in [s for s in self.running if not s.decoding]:
             self._put(plan, sequence)
         while self._rows and self.waiting and len(self.running) < self.max_running:
@@ -146,7 +152,7 @@ class Scheduler:
             if picture.rows is not None or any(other.key == picture.key for other in plan.encode):
                 plan.pictures.append(picture)
                 continue
-            if picture.cost > self._views and self._views < self.max_views:
+            if picture.cost > self._views and self._views < self._step_views:
                 return max(picture.first, first)
             self._views -= picture.cost
             plan.pictures.append(picture)
