@@ -159,6 +159,43 @@ def test_both_loops_give_the_same_answers(times: list[float] | None, clients: in
     assert 0 < max(one.first) <= one.seconds
 
 
+class Sides:
+    """Sides that answer at once, and write down who was asked for what."""
+
+    def __init__(self, **answers: list[list[list[int]]]):
+        self.calls, self.answers = list[tuple[str, str]](), answers
+
+    def side(self, name: str) -> Any:
+        def run(point: Any) -> Any:
+            self.calls.append((name, point["name"]))
+            count = sum(call == self.calls[-1] for call in self.calls)
+            ids = self.answers.get(name, [[[1, 2], [3]]] * 9)[count - 1]
+            return {"figures": {"requests_per_s": float(count), "anon_bytes": 10 - count}, "ids": ids, "stats": {}}
+
+        return run
+
+
+def test_sides_take_turns_at_each_point_in_either_order() -> None:
+    sides, points = Sides(), {"p": {"name": "p"}, "q": {"name": "q"}}
+    given = {name: sides.side(name) for name in ("a", "b")}
+    reports = serving.in_rounds(given, points, 3, lambda side, point: (side, point) == ("b", "q"))
+    assert sides.calls == [(s, "p") for s in "ab"] + [("a", "q")] + [(s, "p") for s in "ba"] + [("a", "q")] + [(s, "p") for s in "ab"] + [
+        ("a", "q")
+    ]
+    assert set(reports["p"]) == {"a", "b"} and set(reports["q"]) == {"a"} and len(reports["p"]["b"]) == 3
+    assert serving.medians(reports["p"]["a"]) == {"requests_per_s": 2.0, "anon_bytes": 7}
+
+
+@pytest.mark.parametrize("wrong", ["a", "b", "c"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_wrong_answer_of_any_side_in_any_round_voids_the_run(wrong: str, number: int) -> None:
+    ids = [[[1, 2], [3]]] * 2
+    ids[number] = [[1, 2], [4]]
+    sides = Sides(**{wrong: ids})
+    with pytest.raises(ValueError, match=f"p, round {number if (wrong, number) != ('a', 0) else 0}: of 2 answers of . 1 are those of"):
+        serving.in_rounds({name: sides.side(name) for name in "abc"}, {"p": {"name": "p"}}, 2, lambda side, point: False)
+
+
 @torch.inference_mode()
 def test_what_is_kept_by_hand_gives_what_the_whole_prompt_gives(models: Any) -> None:
     _, model, processor = models
