@@ -37,6 +37,9 @@ PYBIND11_MODULE(_cpu, m) {
         },
         "Copy, written around the caches", py::call_guard<py::gil_scoped_release>());
 
+    m.def("tile_rate", &tile_rate, "bf16 operations a second of the tile units, 0 where there are none", py::arg("threads"),
+          py::call_guard<py::gil_scoped_release>());
+
     // With more threads alive than cores, libgomp's wait for work asleep, 20 us each time: a second caller's team has to replace the
     // first's.
     m.def(

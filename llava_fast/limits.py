@@ -2,7 +2,7 @@
 
 read, copy: bytes a second from and to main or device memory, out of cache (a copy counts both ways; on a CPU written around the caches,
 or as torch copies where that is faster). gemm: square products through torch, in operations a second (two a multiply-add). fma: fp32
-multiply-adds in registers, CPU only.
+multiply-adds in registers; tiles: products of bf16 tiles from L1 (AMX); both on the CPU only.
 Each is the best of several runs: a limit is what was reached once.
 """
 
@@ -36,6 +36,15 @@ class Limits:
     gemm_fp32_gflops: float
     gemm_bf16_gflops: float
     fma_fp32_gflops: float | None
+    tiles_bf16_gflops: float | None = None
+
+    def products_gflops(self, weight: torch.dtype) -> float:
+        """The best rate of products of fp32 rows with weights of this dtype, to fp32's accuracy: of multiply-adds, or, where a CPU has
+        tiles, of as many products of bf16 parts as that takes: an fp32 is three of them, an fp16 two, what has 8 bits or fewer one, and
+        the products that are left out are those below 2^-24. On a GPU, of its bf16 products."""
+        if self.fma_fp32_gflops is None:
+            return self.gemm_bf16_gflops
+        return max(self.fma_fp32_gflops, (self.tiles_bf16_gflops or 0.0) / {torch.float32: 6, torch.float16: 5}.get(weight, 3))
 
 
 @cache
@@ -90,17 +99,20 @@ def probe(device: str = "cpu") -> Limits:
     """Measure the limits of 'cpu' (on torch's threads) or 'cuda'; about three seconds."""
     read, copy = _bandwidths(device)
     fp32, bf16 = _gemm(torch.float32, device), _gemm(torch.bfloat16, device)
-    fma = None
+    fma = tiles = None
+    threads = torch.get_num_threads()
     if device == "cpu":
         from llava_fast import _cpu
 
-        fma = max(_cpu.fma_rate(torch.get_num_threads()) for _ in range(3)) / 1e9
-    return Limits(device, torch.get_num_threads(), read / 1e9, copy / 1e9, fp32 / 1e9, bf16 / 1e9, fma)
+        fma = max(_cpu.fma_rate(threads) for _ in range(3)) / 1e9
+        tiles = max(_cpu.tile_rate(threads) for _ in range(3)) / 1e9 or None
+    return Limits(device, threads, read / 1e9, copy / 1e9, fp32 / 1e9, bf16 / 1e9, fma, tiles)
 
 
 def describe(limits: Limits) -> str:
     """One line, for the head of a benchmark's output."""
     fma = "" if limits.fma_fp32_gflops is None else f", fp32 FMA {limits.fma_fp32_gflops:,.0f} GFLOP/s"
+    fma += "" if limits.tiles_bf16_gflops is None else f", bf16 tiles {limits.tiles_bf16_gflops:,.0f} GFLOP/s"
     return (
         f"limits of this {limits.device} ({limits.threads} threads): read {limits.read_gbs:.1f} GB/s, copy {limits.copy_gbs:.1f} GB/s, "
         f"products fp32 {limits.gemm_fp32_gflops:,.0f} and bf16 {limits.gemm_bf16_gflops:,.0f} GFLOP/s{fma}"

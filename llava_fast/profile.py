@@ -2,9 +2,9 @@
 
 `llava-fast bench profile -m MODEL`. Every op that dispatches is timed alone, between two looks at the clock (on a GPU between two
 synchronisations, so that what overlaps in truth is added up here: shares mean more than sums). An op's limit is the larger of two times:
-its bytes at the bandwidth of the machine (products and attention read them, what else there is copies), its operations at the machine's
-rate of fp32 multiply-adds (on a GPU of its bf16 products): products of bf16 and int8 weights on a CPU with tiles for them (AMX) pass
-that, with more than 100 %, as do bytes that are in a cache.
+its bytes at the bandwidth of the machine (products and attention read them, what else there is copies), which those that are in a cache
+pass, and its operations at the machine's rate: of fp32 multiply-adds, of tile products where a CPU has them and the op multiplies by
+weights, on a GPU of bf16 products.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Clock(TorchDispatchMode):
     def __init__(self, device: torch.device):
         super().__init__()
         self.wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-        self.calls: dict[str, list[tuple[float, float, float]]] = {}
+        self.calls: dict[str, list[tuple[float, float, float, torch.dtype | None]]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.wait()
@@ -83,7 +83,9 @@ class Clock(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.wait()
         seconds = time.perf_counter() - start
-        self.calls.setdefault(func.overloadpacket.__name__, []).append((seconds, *work(func, args, kwargs or {}, out)))
+        name = func.overloadpacket.__name__
+        weight = args[_WEIGHTS[name]].dtype if name in _WEIGHTS else None
+        self.calls.setdefault(name, []).append((seconds, *work(func, args, kwargs or {}, out), weight))
         return out
 
 
@@ -173,6 +175,17 @@ _OPERATIONS: dict[str, Callable[[tuple[Any, ...], Any], float]] = {
     "project_backward": _project_backward,
 }
 
+# Those that multiply by weights, on tiles where there are any: which argument has their dtype.
+_WEIGHTS = {
+    "linear": 1,
+    "linear_into": 2,
+    "linear_gradient": 1,
+    "linear_cross_entropy": 1,
+    "linear_cross_entropy_total": 1,
+    "project": 1,
+    "project_backward": 2,
+}
+
 
 def clock(name: str, run: Callable[[], object], device: torch.device, limits: Limits) -> Phase:
     """`run` once to warm up, thrice as it is (the fastest counts), once with every op timed."""
@@ -187,13 +200,17 @@ def clock(name: str, run: Callable[[], object], device: torch.device, limits: Li
         whole.append(time.perf_counter() - start)
     with registry.visible(), Clock(device) as timed:
         run()
-    rate = (limits.fma_fp32_gflops or limits.gemm_bf16_gflops) * 1e9
+    plain = limits.fma_fp32_gflops or limits.gemm_bf16_gflops
     ops = []
     for op, calls in timed.calls.items():
-        seconds, moved, operations = (sum(column) for column in zip(*calls, strict=True))
+        seconds, moved, operations = (sum(call[i] for call in calls) for i in range(3))
         bandwidth = (limits.read_gbs if operations else limits.copy_gbs) * 1e9
-        by = {"memory": sum(call[1] / bandwidth for call in calls), "arithmetic": sum(call[2] / rate for call in calls)}
-        limit = sum(max(call[1] / bandwidth, call[2] / rate) for call in calls)
+        times = [
+            (bytes_moved / bandwidth, work_done / (plain if weight is None else limits.products_gflops(weight)) / 1e9)
+            for _, bytes_moved, work_done, weight in calls
+        ]
+        by = {"memory": sum(memory for memory, _ in times), "arithmetic": sum(arithmetic for _, arithmetic in times)}
+        limit = sum(max(both) for both in times)
         ops.append(
             OpTime(op, len(calls), seconds, moved, operations, limit, max(by, key=lambda what: by[what]) if moved or operations else "")
         )
@@ -289,7 +306,7 @@ def draw(phases: Sequence[Phase], target: Path) -> None:
         axis.barh(names, [op.seconds * 1e3 for op in shown] + [max(phase.between, 0) * 1e3], color="#d9822b", alpha=0.45)
         axis.barh(names, [op.limit * 1e3 for op in shown] + [0], height=0.35, color="#3b82c4")
         for y, op in enumerate(shown):
-            axis.text(op.seconds * 1e3, y, f" {op.of_limit:.0%}" if op.limit else "", va="center", color=grey, fontsize=8)
+            axis.text(max(op.seconds, op.limit) * 1e3, y, f" {op.of_limit:.0%}" if op.limit else "", va="center", color=grey, fontsize=8)
         axis.invert_yaxis()
         axis.set_title(f"{phase.name}: {phase.seconds * 1e3:,.1f} ms (blue: at its limit)", loc="left", color=grey, fontsize=10)
         axis.set_xlabel("ms", color=grey)

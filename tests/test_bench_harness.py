@@ -35,7 +35,20 @@ def test_limits_are_in_the_units_they_claim(small_probe: limits.Limits) -> None:
     assert 0.5 < small_probe.read_gbs < 20000 and 0.5 < small_probe.copy_gbs < 20000
     assert 0.5 < small_probe.gemm_fp32_gflops < 100000 and small_probe.gemm_bf16_gflops > 0.1
     assert small_probe.fma_fp32_gflops is not None and 1 < small_probe.fma_fp32_gflops < 100000
+    assert (small_probe.tiles_bf16_gflops is not None) == ("amx" in _cpu.supported_isas())
+    assert small_probe.tiles_bf16_gflops is None or small_probe.fma_fp32_gflops < small_probe.tiles_bf16_gflops < 1e6
     assert f"{small_probe.copy_gbs:.1f} GB/s" in limits.describe(small_probe)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "rates"),
+    [(None, (400, 400, 400, 400)), (1500.0, (400, 400, 500, 500)), (6000.0, (1000, 1200, 2000, 2000))],
+)
+def test_rate_of_products_with_and_without_tiles(tiles: float | None, rates: tuple[float, ...]) -> None:
+    machine = limits.Limits("cpu", 2, 20.0, 20.0, 300.0, 1000.0, 400.0, tiles)
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+    assert tuple(machine.products_gflops(dtype) for dtype in dtypes) == rates
+    assert limits.Limits("cuda", 1, 4000.0, 4000.0, 50e3, 790e3, None).products_gflops(torch.float32) == 790e3
 
 
 def test_ratio_is_taken_pair_by_pair() -> None:

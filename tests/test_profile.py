@@ -14,6 +14,8 @@ from llava_fast.cli import main
 from llava_fast.engine.stats import weight_bytes
 from llava_fast.kernels import registry
 from llava_fast.kernels.activation import swiglu
+from llava_fast.kernels.linear import linear
+from llava_fast.kernels.varlen_attention import varlen_attention
 from llava_fast.limits import Limits
 from llava_fast.training.flops import row_flops
 
@@ -63,7 +65,7 @@ def test_work_of_views_lookups_and_changes_in_place() -> None:
         x.add_(1)
         torch.empty(1000)
         x @ x.t()
-    assert [clock.calls[name][0][1:] for name in ("t", "index", "add_", "empty")] == [(0, 0), (64, 0), (320, 0), (0, 0)]
+    assert [clock.calls[name][0][1:3] for name in ("t", "index", "add_", "empty")] == [(0, 0), (64, 0), (320, 0), (0, 0)]
     assert clock.calls["mm"][0][2] == 2 * 10 * 10 * 4
 
 
@@ -88,6 +90,21 @@ def test_shares_and_limits() -> None:
     assert ops["add_"].limit == pytest.approx(2 * (1 << 22) / 10e9) and ops["add_"].bound == "memory" and ops["add_"].calls == 1
     assert [op.seconds for op in phase.ops] == sorted((op.seconds for op in phase.ops), reverse=True)
     assert phase.between == pytest.approx(phase.seconds - sum(op.seconds for op in phase.ops))
+
+
+def test_weights_are_multiplied_on_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 GFLOP/s of multiply-adds, 1,200 of tiles, three of which make a product with bf16 weights; attention has none."""
+    machine = Limits("cpu", 1, 1e6, 1e6, 100.0, 100.0, 100.0, 1200.0)
+    x, weight, cu = torch.randn(64, 96), torch.randn(128, 96).bfloat16(), torch.tensor([0, 64], dtype=torch.int32)
+    q = torch.randn(64, 2, 48)
+
+    def run() -> None:
+        linear(x, weight)
+        varlen_attention(q, q, q, cu, cu, causal=False)
+
+    ops = {op.name: op for op in profile.clock("both", run, torch.device("cpu"), machine).ops}
+    assert ops["linear"].limit == pytest.approx(2 * 64 * 96 * 128 / 400e9)
+    assert ops["varlen_attention"].limit == pytest.approx(4 * 64 * 64 * 96 / 100e9)
 
 
 def test_command(checkpoints, tmp_path, monkeypatch, capsys) -> None:

@@ -105,6 +105,7 @@ struct TileShapes {
             bytes[16 + 2 * t] = 64;
             bytes[48 + t] = kTile;
         }
+        asm volatile("" : : "r"(bytes) : "memory");  // GCC 12 takes ldtilecfg to read the first 8 bytes alone
         _tile_loadconfig(bytes);
     }
     ~TileShapes() { _tile_release(); }

@@ -12,6 +12,16 @@
 
 namespace llava_fast {
 
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace
+
 double fma_rate(int threads) {
     constexpr int64_t kRounds = 2000000;
     const auto run = LLAVA_FAST_CHOOSE(fma_rounds);
@@ -20,14 +30,14 @@ double fma_rate(int threads) {
     double seconds = 0;
     for (bool warm : {false, true}) {  // the first pass starts the threads and lets the clock settle
         operations = 0;
-        const auto start = std::chrono::steady_clock::now();
+        const auto start = Clock::now();
 #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total, operations)
         for (int t = 0; t < threads; ++t) {
             float sum = 0;
             operations += 2.0 * 12.0 * static_cast<double>(run(warm ? kRounds : kRounds / 4, &sum)) * (warm ? kRounds : kRounds / 4);
             total += sum;
         }
-        seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        seconds = seconds_since(start);
     }
     return std::isfinite(total) ? operations / seconds : 0.0;
 }
@@ -62,6 +72,25 @@ void copy_past_caches(void* to, const void* from, int64_t bytes, int threads) {
         _mm_sfence();
 #endif
     }
+}
+
+double tile_rate(int threads) {
+#if LLAVA_FAST_LEVEL >= 3
+    if (current_isa() == Isa::amx) {
+        constexpr int64_t kRounds = 400000;
+        constexpr double kOperations = 4 * 2.0 * 16 * 16 * 32;  // a round
+        double seconds = 0;
+        for (const int64_t rounds : {kRounds / 4, kRounds}) {  // likewise
+            const auto start = Clock::now();
+#pragma omp parallel for schedule(static) num_threads(threads)
+            for (int t = 0; t < threads; ++t) tile_rounds_amx(rounds);
+            seconds = seconds_since(start);
+        }
+        return kOperations * kRounds * threads / seconds;
+    }
+#endif
+    static_cast<void>(threads);
+    return 0.0;
 }
 
 }  // namespace llava_fast
