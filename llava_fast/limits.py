@@ -49,7 +49,8 @@ class Limits:
 
 @cache
 def _little(threads: int) -> torch.Tensor:
-    return torch.zeros(threads << 17)
+    with torch.inference_mode(False):  # kept for calls outside of it too
+        return torch.zeros(threads << 17)
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:
