@@ -1,8 +1,9 @@
-"""One process of the throughput benchmark: `python -m bench.many_requests llava_fast|transformers KIND CHECKPOINT`.
+"""One process of the throughput benchmark: `python -m bench.many_requests SIDE KIND CHECKPOINT`.
 
+SIDE: llava_fast, or transformers-N, in batches of N.
 KIND: m4, 32 requests shaped like the first of bench/workloads/m4_mix.jsonl, 64 new tokens each; long, 8 of one view, 256 new tokens;
-m4_small, 8 of at most two views, 32 new tokens; long_small, 8 of one view, 64 new tokens.
-At most 8 at a time on both sides: transformers takes them in padded batches of 8, sorted by length, which is the order that pads least.
+m4_small, 8 of at most two views, 32 new tokens; long_small, 8 of one view, 24 new tokens.
+At most 8 at a time: transformers takes them in padded batches, sorted by length, which is the order that pads least.
 Prints JSON: seconds and peak included by who watches, requests a second, milliseconds a decode step, and every request's ids.
 """
 
@@ -25,7 +26,7 @@ AT_A_TIME = 8
 def questions(kind: str) -> list[Asked]:
     if kind in ("long", "long_small"):
         rng = np.random.default_rng(0)
-        new = 256 if kind == "long" else 64
+        new = 256 if kind == "long" else 24
         return [Asked([photograph(i, (640, 480))], " ".join(rng.choice(WORDS, 20)), new) for i in range(8)]
     found, new = {"m4": (records(32), 64), "m4_small": (records(8, most_views=2), 32)}[kind]
     return requests(found, new, exactly=True)
@@ -33,12 +34,13 @@ def questions(kind: str) -> list[Asked]:
 
 def with_llava_fast(kind: str, checkpoint: str) -> dict[str, Any]:
     import llava_fast as lf
+    from llava_fast.engine.engine import ANY_ROWS
 
     model = lf.load(checkpoint, device="cpu")
     model.generation_config.eos_token_id = []
     asked = questions(kind)
     start = time.perf_counter()
-    with lf.Engine(model, max_running=AT_A_TIME) as engine:
+    with lf.Engine(model, max_running=AT_A_TIME, max_mixed_rows=ANY_ROWS) as engine:
         params = lf.SamplingParams(max_new_tokens=asked[0].new)
         handles = [engine.submit(lf.Request(one.prompt, images=one.pictures), params) for one in asked]
         answers = [handle.result()[0] for handle in handles]
@@ -53,7 +55,7 @@ def with_llava_fast(kind: str, checkpoint: str) -> dict[str, Any]:
     }
 
 
-def with_transformers(kind: str, checkpoint: str) -> dict[str, Any]:
+def with_transformers(kind: str, checkpoint: str, at_most: int) -> dict[str, Any]:
     from bench.baselines import static_batching
 
     model, processor = static_batching.load(checkpoint)
@@ -63,8 +65,8 @@ def with_transformers(kind: str, checkpoint: str) -> dict[str, Any]:
 
     start = time.perf_counter()
     order = sorted(range(len(asked)), key=lambda i: (len(asked[i].pictures), len(asked[i].text)))
-    for first in range(0, len(order), AT_A_TIME):
-        batch = order[first : first + AT_A_TIME]
+    for first in range(0, len(order), at_most):
+        batch = order[first : first + at_most]
         answers, times = static_batching.answer(model, processor, [asked[i] for i in batch])
         steps += [b - a for a, b in zip(times, times[1:], strict=False)]
         ids |= dict(zip(batch, answers, strict=True))
@@ -79,4 +81,5 @@ def with_transformers(kind: str, checkpoint: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     side, kind, checkpoint = sys.argv[1:]
-    print(json.dumps({"llava_fast": with_llava_fast, "transformers": with_transformers}[side](kind, checkpoint)))
+    batches = side.removeprefix("transformers-")
+    print(json.dumps(with_llava_fast(kind, checkpoint) if batches == side else with_transformers(kind, checkpoint, int(batches))))

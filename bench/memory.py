@@ -112,11 +112,11 @@ def run_measured(arguments: Sequence[str], env: Mapping[str, str] | None = None,
 
 
 def run_in_turns(commands: Mapping[str, Sequence[str]], rounds: int = 3, env: Mapping[str, str] | None = None) -> dict[str, list[Measured]]:
-    """Each command once a round, in turns (A B A B ...), so that a change of the machine's speed meets all of them."""
+    """Each command once a round, in turns (A B B A ...), so that a change of the machine's speed meets all of them."""
     runs: dict[str, list[Measured]] = {name: [] for name in commands}
-    for _ in range(rounds):
-        for name, arguments in commands.items():
-            runs[name].append(run_measured(arguments, env))
+    for number in range(rounds):
+        for name in reversed(list(commands)) if number % 2 else commands:
+            runs[name].append(run_measured(commands[name], env))
     return runs
 
 

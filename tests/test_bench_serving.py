@@ -196,6 +196,25 @@ def test_one_wrong_answer_of_any_side_in_any_round_voids_the_run(wrong: str, num
         serving.in_rounds({name: sides.side(name) for name in "abc"}, {"p": {"name": "p"}}, 2, lambda side, point: False)
 
 
+def test_a_process_a_side_serves_point_after_point(tmp_path_factory: pytest.TempPathFactory, models: Any) -> None:
+    """In fp32 on both sides, from one checkpoint; what ends early says what it was."""
+    path = make_checkpoint(tmp_path_factory.mktemp("processes") / "model")
+    commands = {side: ["-m", "bench.serving", side, str(path)] for side in ("llava_fast", "transformers-1")}
+    point = {"count": 2, "most_views": 1, "new": 3, "concurrency": 2}
+    with serving.processes(commands) as sides:
+        bound = point | {"engine": {"max_mixed_rows": 5}}
+        ours, theirs = sides["llava_fast"](bound), [sides["transformers-1"](point) for _ in range(2)]
+        assert ours["ids"] == theirs[0]["ids"] == theirs[1]["ids"] and ours["stats"]["finished"] == 2
+        assert ours["figures"].keys() == theirs[0]["figures"].keys() >= {"first_token_p50_s", "requests_per_s", "anon_bytes"}
+        with pytest.raises(RuntimeError, match="bench.serving llava_fast .* ended with 1:(?s:.*)got 'audio'"):
+            sides["llava_fast"](point | {"scenario": "audio"})
+    with (
+        pytest.raises(RuntimeError, match="bench.serving no_such x ended with 1"),
+        serving.processes({"a": ["-m", "bench.serving", "no_such", "x"]}),
+    ):
+        pass
+
+
 @torch.inference_mode()
 def test_what_is_kept_by_hand_gives_what_the_whole_prompt_gives(models: Any) -> None:
     _, model, processor = models
