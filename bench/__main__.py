@@ -24,12 +24,12 @@ from bench.full_size import make_full_size
 from llava_fast.limits import describe, probe
 
 ROOT = Path(__file__).parent.parent
-# name -> seconds on two quiet cores, as measured; bench_<name>.py. Those that README quotes come first.
+# name -> seconds on two quiet cores, as measured, 0 where all is long; bench_<name>.py. Those that README quotes come first.
 SUITES = {
     "first_token": 110,
     "model": 215,
     "loading": 92,
-    "engine": 45,
+    "engine": 0,
     "serving": 220,
     "reuse": 108,
     "training": 286,
@@ -71,7 +71,10 @@ def main(given: Sequence[str] | None = None) -> int:
     if unknown := set(asked.suites) - set(SUITES):
         parser.error(f"no suite {', '.join(sorted(unknown))}: expected some of {', '.join(SUITES)}")
     known = measured(asked.results or results.RESULTS) if asked.missing else set()
-    chosen = [name for name in SUITES if name in (asked.suites or SUITES) and (f"{name}_long" if asked.long else name) not in known]
+    if whole := [name for name in asked.suites if not (asked.long or SUITES[name])]:
+        parser.error(f"all of {', '.join(whole)} is long: add --long")
+    wanted = asked.suites or [name for name in SUITES if asked.long or SUITES[name]]
+    chosen = [name for name in SUITES if name in wanted and (f"{name}_long" if asked.long else name) not in known]
     print(describe(probe("cpu")), flush=True)
     begun, failed = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,8 @@ def copy_of(weight: Tensor | Quantised) -> Tensor | Quantised:
 
 # The others' sizes lie between those that stay.
 FEW_SHAPES = [*FEW[:2], pytest.param(*FEW[2], marks=pytest.mark.long), FEW[3], pytest.param(*FEW[4], marks=pytest.mark.long), FEW[5]]
-LONG = {("int8", shape) for shape in MANY[2:]} | {("int4", shape) for shape in MANY[2:]}
+LONG = {("int8", shape) for shape in MANY[2:]} | {("int4", shape) for shape in MANY[1:]}
+LONG |= {(kind, MANY[i]) for kind in ("float32", "bfloat16") for i in (4, 6)}
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])

@@ -29,7 +29,7 @@ COSTS = {"text": 8, "single-image": 4, "multi-image": 2, "3d": 1, "video": 1}  #
 POINTS: dict[str, dict[str, Any]] = {f"rate_{rate:g}": {**MIX, "arrivals_per_s": rate} for rate in RATES}
 POINTS |= {f"clients_{n}": {**MIX, "concurrency": n} for n in CLIENTS}
 POINTS |= {f"cost_{kind}": {"scenario": kind, "count": count, "new": 16} for kind, count in COSTS.items()}
-SOON, ROUNDS, LONG_ROUNDS = ("rate_0.8", "rate_1.6", "clients_8", "cost_multi-image"), 2, 3
+SOON, ROUNDS, LONG_ROUNDS = ("rate_1.6", "clients_8", "cost_multi-image"), 2, 3
 OF_ONE = ("cost_3d", "cost_video", "clients_1")  # batches of one are served one at a time
 # Enough requests for a 95th percentile, arriving at three quarters of what the engine can do, or from clients that keep it busy.
 MIXED_ROWS, MORE = (128, 256, 512, 768, 1536), {**MIX, "count": 24}

@@ -53,7 +53,7 @@ WIDE = pytest.param("average", 4096, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 @pytest.mark.parametrize(("mode", "D"), [("average", 1024), WIDE, ("max", 1024), ("bilinear", 1024)])
 def test_spatial_pool(paired, mode: PoolMode, D: int, dtype: str, direction: str) -> None:
     size, kind = SIZES[mode], getattr(torch, dtype)

@@ -66,6 +66,14 @@ def test_missing_goes_on_where_a_run_stopped(ran: list[list[str]], tmp_path: Pat
     assert ["bench/bench_rowwise.py" in arguments for arguments in ran] == [True]
 
 
+def test_a_suite_that_is_long_alone_runs_with_long_alone(ran: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    command.main([])
+    assert len(ran) == len(command.SUITES) - 1 and not any("bench/bench_engine.py" in arguments for arguments in ran)
+    with pytest.raises(SystemExit):
+        command.main(["engine"])
+    assert "all of engine is long: add --long" in capsys.readouterr().err and len(ran) == len(command.SUITES) - 1
+
+
 def test_a_suite_nobody_knows_is_refused(ran: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main(["modle"])
