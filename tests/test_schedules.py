@@ -17,9 +17,7 @@ from engine_cases import GREEDY, Ask, answers, assert_clean, drive, new_core, ne
 
 import llava_fast as lf
 from llava_fast.engine.job import Job
-from llava_fast.engine.runner import Result
 from llava_fast.engine.sampling import log_sum_exp
-from llava_fast.engine.scheduler import Plan
 from llava_fast.engine.speculate import guess
 from llava_fast.kernels import registry
 
@@ -193,40 +191,6 @@ def test_a_second_question_computes_its_new_tokens_alone(model) -> None:
     assert core.counters.views == views == 4
     assert core.counters.prompt_rows - rows <= len(second.prompt) - shared // core.page * core.page
     assert answers([second])[0] == solo(model, Ask([*beginning, [40, 41, 42]], GREEDY))
-
-
-@pytest.mark.parametrize("overlap", [False, True])
-def test_questions_about_the_same_pictures_that_come_at_once_compute_them_once(overlap: bool, model) -> None:
-    core, pictures = new_core(model, overlap=overlap), views_of(3, 4)
-    beginning = [[11, 12, 13], pictures, [20] * 30]
-    asks = [Ask([*beginning, question], GREEDY) for question in ([30, 31], [40, 41, 42], [50])]
-    jobs = [new_job(model, ask, i) for i, ask in enumerate(asks)]
-    drive(core, jobs, [0] * 3)
-    shared = 3 + 4 * model.config.patches + 30
-    later = sum(len(job.prompt) - shared // core.page * core.page for job in jobs[1:])
-    assert core.counters.views == 4 and core.counters.prompt_rows <= len(jobs[0].prompt) + later
-    assert answers(jobs) == [solo(model, ask) for ask in asks]
-    assert_clean(core)
-
-
-@pytest.mark.parametrize("end", ["cancelled", "error"])
-def test_who_waits_for_another_s_pictures_goes_on_without_it(end: str, model, monkeypatch) -> None:
-    """The one that computes them is over before it has: the next takes up what was computed."""
-    core, beginning = new_core(model, max_rows=40, max_views=1), [[11, 12, 13], views_of(3, 4), [20] * 30]
-    asks = [Ask([*beginning, question], GREEDY) for question in ([30, 31], [40, 41, 42], [50])]
-    jobs, run = [new_job(model, ask, i) for i, ask in enumerate(asks)], core.runner.run
-
-    def fails_in_its_third_step(plan: Plan) -> Result:
-        if any(work.sequence.owner is jobs[0] and work.first >= 60 for work in plan.works):
-            raise RuntimeError("no memory")
-        return run(plan)
-
-    if end == "error":
-        monkeypatch.setattr(core.runner, "run", fails_in_its_third_step)
-    drive(core, jobs, [0] * 3, {0: 2} if end == "cancelled" else None)
-    assert jobs[0].handle.result(0)[0].finish_reason == end and answers(jobs[1:]) == [solo(model, ask) for ask in asks[1:]]
-    assert core.counters.views == 4 and core.counters.prompt_rows < 1.5 * len(jobs[1].prompt)
-    assert_clean(core)
 
 
 def test_samples_share_the_blocks_of_their_prompt(model) -> None:

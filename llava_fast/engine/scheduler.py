@@ -169,9 +169,6 @@ class Scheduler:
             if held is None:
                 break
             found.append(held)
-        if self._comes(sequence, len(found)):
-            self.pool.release(reversed(found))
-            return False
         whole = len(found) * self.page
         rest = sequence.rows(whole, min(whole + self.page, sequence.length - 1))
         like = self.pool.find_rows(sequence.key(len(found) - 1, self.page), rest)
@@ -195,15 +192,6 @@ class Scheduler:
         self.reused_rows += sequence.computed
         insort(self.running, sequence, key=_order)
         return True
-
-    def _comes(self, sequence: Sequence, block: int) -> bool:
-        """Whether the first block that it does not find is being computed for another: questions about the same pictures that come at
-        once would compute them once each."""
-        last = (block + 1) * self.page
-        if last >= sequence.length:
-            return False
-        others = [s for s in self.running if s.published <= block and len(s.prompt) >= last]
-        return any(s.key(block, self.page) == sequence.key(block, self.page) for s in others)
 
     def _grow(self, sequence: Sequence, rows: int) -> bool:
         """Blocks for its next row, if need be those of the last in order; False where that is itself."""
