@@ -68,9 +68,9 @@ def test_copy(paired) -> None:
     paired(ours, {"torch": around(lambda x, out: out.copy_(x))}, bytes_moved=moved, calls=len(sets))
 
 
-# Near-duplicates of gelu_pytorch_tanh, in other models' towers and decoders: with --long.
 # On the CPU the runtime computes in fp32; bf16 is for whoever calls the ops.
 DTYPES = ["float32", pytest.param("bfloat16", marks=pytest.mark.long)]
+# Near-duplicates of gelu_pytorch_tanh, in other models' towers and decoders: with --long.
 NAMES = [pytest.param(name, marks=pytest.mark.long) if name in ("gelu", "quick_gelu", "silu") else name for name in CASES]
 
 

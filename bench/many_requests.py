@@ -2,7 +2,7 @@
 
 SIDE: llava_fast, or transformers-N, in batches of N.
 KIND: m4, 32 requests shaped like the first of bench/workloads/m4_mix.jsonl, 64 new tokens each; long, 8 of one view, 256 new tokens;
-m4_small, 8 of at most two views, 32 new tokens; long_small, 8 of one view, 24 new tokens.
+m4_small, 8 of at most two views, 32 new tokens; long_small, 8 of one view, 64 new tokens.
 At most 8 at a time: transformers takes them in padded batches, sorted by length, which is the order that pads least.
 Prints JSON: seconds and peak included by who watches, requests a second, milliseconds a decode step, and every request's ids.
 """
@@ -26,7 +26,7 @@ AT_A_TIME = 8
 def questions(kind: str) -> list[Asked]:
     if kind in ("long", "long_small"):
         rng = np.random.default_rng(0)
-        new = 256 if kind == "long" else 24
+        new = 256 if kind == "long" else 64
         return [Asked([photograph(i, (640, 480))], " ".join(rng.choice(WORDS, 20)), new) for i in range(8)]
     found, new = {"m4": (records(32), 64), "m4_small": (records(8, most_views=2), 32)}[kind]
     return requests(found, new, exactly=True)

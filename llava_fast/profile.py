@@ -4,7 +4,7 @@
 synchronisations, so that what overlaps in truth is added up here: shares mean more than sums). An op's limit is the larger of two times:
 its bytes at the bandwidth of the machine (products and attention read them, what else there is copies), which those that are in a cache
 pass, and its operations at the machine's rate: of fp32 multiply-adds, of tile products where a CPU has them and the op multiplies by
-weights, on a GPU of bf16 products.
+weights (as if all its products were with them: a weight's own gradient takes more), on a GPU of bf16 products.
 """
 
 from __future__ import annotations

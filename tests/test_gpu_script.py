@@ -195,6 +195,14 @@ def test_a_training_baseline_of_other_work_is_not_timed(fault: str, trained: Tra
 # --- the command
 
 
+def test_what_is_missing_or_drawn_otherwise_is_off() -> None:
+    a, tokens = torch.randn(3, 4), torch.arange(64)
+    assert gpu.off([a], [a, a]) == gpu.off([a[1:]], [a]) == gpu.off([a * torch.nan], [a]) == float("inf")
+    assert gpu.off([a, tokens], [a, tokens]) == 0 and gpu.off([], []) == 0
+    assert gpu.off([tokens * 0], [tokens]) == 63 / 64 > gpu.BOUND
+    assert len(gpu.answers((a, tokens), drawn=True)) == 2 and len(gpu.answers((a, tokens), drawn=False)) == 1
+
+
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path) -> None:
     done = run("-m", "bench.gpu", "--dry-run", "--out", str(tmp_path), "--stages", "build,kernels,model,training")
@@ -285,6 +293,13 @@ def test_a_device_that_is_lost_ends_the_process_and_another_goes_on(tmp_path: Pa
     first, rows = gpu.resume(path, gpu.LOST)
     assert first == 2 and gpu.run_stage("kernels", tmp_path, True, MACHINE, first, rows) == 0
     assert rows_of(tmp_path) == [("first", True), ("half", None), ("broken", False), ("last", None), ("gone", None)]
+
+
+def test_a_device_that_goes_after_a_good_row_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "kernels", parts)
+    monkeypatch.setattr(gpu, "lost", lambda device: True)
+    assert gpu.run_stage("kernels", tmp_path, True, MACHINE) == gpu.LOST
+    assert rows_of(tmp_path) == [("first", True), ("first", False)]
 
 
 DYING = """

@@ -19,6 +19,7 @@ from llava_fast.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from llava_fast.profile import Clock
 
 CHUNKED = ["cpu", "torch"]
 SHAPES = [(7, 16, 50), (1, 8, 3), (300, 24, 1003), (5, 123, 4099)]  # L, D, V
@@ -156,6 +157,19 @@ def test_the_graph_may_be_kept() -> None:
     second = torch.autograd.grad(loss, (h, w), torch.tensor(4.0))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(2 * a, b)
+
+
+@pytest.mark.parametrize(("factor", "passes"), [(1.0, 0), (2.0, 2)])
+def test_a_gradient_of_one_is_passed_on_as_it_is(factor: float, passes: int) -> None:
+    """Twice the loss costs a pass over both gradients, once the loss none."""
+    h, w, labels = make(5, 8, 12, torch.float32, torch.float32)
+    h.requires_grad_(), w.requires_grad_()
+    expected = torch.autograd.grad(factor * F.cross_entropy(h @ w.t(), labels, reduction="sum"), (h, w))
+    loss = linear_cross_entropy(h, w, labels, reduction="sum")
+    with Clock(torch.device("cpu")) as clock:
+        loss.backward(torch.tensor(factor))
+    assert len(clock.calls.get("mul_", [])) == passes
+    torch.testing.assert_close([h.grad, w.grad], list(expected))
 
 
 def test_a_kept_graph_keeps_its_own_gradients() -> None:

@@ -169,7 +169,7 @@ def test_chunks_of_any_size(rows, page, cached, model, asks, alone) -> None:
 
 def test_tokens_wait_for_few_rows_of_others_prompts(model, asks, alone, monkeypatch) -> None:
     """A step in which somebody decodes computes `max_mixed_rows` of prompts and shows the tower a view, or a picture of several."""
-    core, plans = new_core(model, max_mixed_rows=24, max_running=4), list[Plan]()
+    core, plans = new_core(model, max_mixed_rows=24, max_running=4), []
     monkeypatch.setattr(core.runner, "run", lambda plan, run=core.runner.run: plans.append(plan) or run(plan))
     jobs = [new_job(model, ask, number) for number, ask in enumerate(asks[:8])]
     drive(core, jobs, [3 * i for i in range(8)])

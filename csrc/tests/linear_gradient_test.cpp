@@ -65,7 +65,10 @@ int main() {
             }
         }
         for (int threads = 1; threads < 4 && isa == "amx"; ++threads) {  // large enough to be written around the caches, where lines allow
-            for (int64_t gap : {0, 1, 16}) run<float>(4100, 1024, 3, true, gap == 16, DType::f32, threads, gap);
+            for (int64_t gap : {0, 1, 16}) {
+                run<float>(4100, 1024, 3, true, false, DType::f32, threads, gap);
+                run<bf16>(4100, 1024, 3, false, gap == 16, DType::bf16, threads, gap);
+            }
         }
         std::printf("%s ok\n", isa.c_str());
     }

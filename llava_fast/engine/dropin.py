@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from llava_fast.batch import IGNORE, Layout, PackedBatch, Sample, pack
-from llava_fast.engine.engine import Engine
+from llava_fast.engine.engine import ANY_ROWS, Engine
 from llava_fast.engine.sampling import stream_seed
 from llava_fast.engine.sequence import Prompt
 from llava_fast.requests import SamplingParams
@@ -200,7 +200,7 @@ def generate(
     ]
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)  # the engine's thread has a stream of its own
-    with Engine(model, prefix_cache=False, graphs=False) as engine:
+    with Engine(model, max_mixed_rows=ANY_ROWS, prefix_cache=False, graphs=False) as engine:
         handles = []
         for b, prompt in enumerate(prompts):
             seed = None if params.seed is None else stream_seed(params.seed, b * n)  # rows draw each for itself

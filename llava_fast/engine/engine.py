@@ -70,8 +70,8 @@ class Engine:
         deterministic: bool = False,
     ):
         on_gpu = model.device.type == "cuda"
-        # 1,536: two pictures and a question in one step; 768 beside others' tokens: one picture, and the p95 between tokens is half of what
-        # it is with 1,536, at the same requests a second where they have two pictures at most, 90 % where some have sixteen.
+        # 1,536: two pictures and a question in one step; 768 beside others' tokens: one picture, and less of a wait between tokens for more
+        # of one until the first (docs/serving.md).
         max_rows = max_rows if max_rows is not None else (8192 if on_gpu else 1536)
         max_views = max_views if max_views is not None else (64 if on_gpu else 8)
         max_mixed_rows = max_mixed_rows if max_mixed_rows is not None else (max_rows if on_gpu else 768)
