@@ -289,5 +289,5 @@ def test_processes_run_in_turns(tmp_path: Path) -> None:
     log = tmp_path / "log"
     commands = {name: ["-c", f"open({str(log)!r}, 'a').write('{name}'); print('{{\"value\": {i}}}')"] for i, name in enumerate("ab")}
     runs = memory.run_in_turns(commands, rounds=3)
-    assert log.read_text() == "ababab"
+    assert log.read_text() == "abbaab"
     assert memory.median_of(runs["b"], "value") == 1 and memory.median_of(runs["a"], "seconds") > 0
